@@ -1,0 +1,1 @@
+"""Text → documents → token shards → examples → packed, masked batches."""

@@ -1,0 +1,26 @@
+"""The one error type a user sees: a line that says what is wrong, where, and what to do."""
+
+import sys
+
+
+class FastElectraError(Exception):
+    """A mistake or condition a user can mend. Printed as one line; the process exits with 2."""
+
+
+def run(main, argv=None) -> int:
+    """Run `main(argv)`; report a FastElectraError, an OS error or Ctrl-C without a traceback.
+
+    Returns the exit code: 0 success, 2 an error the user can mend, 130 interrupted.
+    """
+    try:
+        return main(argv) or 0
+    except FastElectraError as error:
+        message = str(error)
+    except OSError as error:  # no permission, full disk, a path that is a folder …
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2

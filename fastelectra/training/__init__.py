@@ -1,0 +1,1 @@
+"""The DeepSpeed engine around the ELECTRA step."""

@@ -1,0 +1,1 @@
+"""Fused operations of the ELECTRA step, imported as fastelectra.kernels."""
