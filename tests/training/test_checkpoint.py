@@ -1,0 +1,97 @@
+"""Checkpoint folders: complete or absent, newest found, damage reported in one line."""
+
+import json
+import resource
+
+import pytest
+import torch
+
+from fastelectra.errors import FastElectraError
+from fastelectra.training import checkpoint
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path):
+    folder = tmp_path / "corpus-tokenizer"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    return folder
+
+
+def write(run, step, tokenizer_dir, size=8):
+    weights = {"a.weight": torch.arange(size, dtype=torch.float32), "a.bias": torch.full((3,), 2.5)}
+    moments = {f"{name}.{key}": value / 3 for name, value in weights.items()
+               for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    target = checkpoint.checkpoint_folder(run, step)
+    checkpoint.write_checkpoint(
+        target, weights, tokenizer_dir, step=step, position={"shard": 3}, config={"model": {}},
+        vocab_size=2, special_tokens={"pad": 0}, fingerprint="f", moments=moments)  # fmt: skip
+    return target, weights, moments
+
+
+def test_what_is_written_is_read_back(tmp_path, tokenizer_dir):
+    target, weights, moments = write(tmp_path / "run", 1000, tokenizer_dir)
+    assert target.name == "step-00001000"
+    for stored, read in ((weights, checkpoint.read_weights(target)),
+                         (moments, checkpoint.read_moments(target))):  # fmt: skip
+        assert stored.keys() == read.keys()
+        assert all(torch.equal(stored[name], read[name]) for name in stored)
+    state = checkpoint.read_state(target)
+    assert state == {"format": 1, "step": 1000, "position": {"shard": 3}, "config": {"model": {}},
+                     "vocab_size": 2, "special_tokens": {"pad": 0}, "fingerprint": "f"}  # fmt: skip
+    assert (target / "tokenizer" / "vocab.txt").read_text() == "[PAD]\n[UNK]\n"
+
+
+def test_resolve_takes_a_checkpoint_or_the_newest_complete_one_of_a_run(tmp_path, tokenizer_dir):
+    run = tmp_path / "run"
+    first, *_ = write(run, 5, tokenizer_dir)
+    second, *_ = write(run, 10, tokenizer_dir)
+    damaged, *_ = write(run, 15, tokenizer_dir)
+    (damaged / "state.json").unlink()
+    (run / "checkpoints" / ".tmp-step-00000020").mkdir()
+    assert checkpoint.resolve(run) == second
+    assert checkpoint.resolve(first) == first
+    for nothing in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FastElectraError, match="no checkpoint in"):
+            checkpoint.resolve(nothing)
+    checkpoint.tidy(run, keep_last=1)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, tokenizer_dir):
+    run = tmp_path / "run"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # stands in for a full disk
+    try:
+        with pytest.raises((FastElectraError, OSError)) as caught:
+            write(run, 5, tokenizer_dir, size=1_000_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert list((run / "checkpoints").iterdir()) == []
+
+
+def test_nothing_is_overwritten(tmp_path):
+    target = tmp_path / "export"
+    target.mkdir()
+    (target / "precious").write_text("x")
+    with (
+        pytest.raises(FastElectraError, match="already exists"),
+        checkpoint.write_folder(target),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_damage_is_one_clear_line(tmp_path, tokenizer_dir):
+    target, *_ = write(tmp_path / "run", 5, tokenizer_dir)
+    (target / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(FastElectraError, match=r"cannot read .*model\.safetensors"):
+        checkpoint.read_weights(target)
+    state = json.loads((target / "state.json").read_text())
+    (target / "state.json").write_text(json.dumps({**state, "format": 2}))
+    with pytest.raises(FastElectraError, match="format 2"):
+        checkpoint.read_state(target)
+    (target / "state.json").write_text("{")
+    with pytest.raises(FastElectraError, match="cannot read the checkpoint"):
+        checkpoint.read_state(target)
