@@ -159,20 +159,18 @@ def _build(cls, values, where: str, prefix: str):
 
 def _hint(name: str, prefix: str) -> str:
     """The nearest valid name: in the same section first, then anywhere."""
-    paths = dict(_field_paths())
-    siblings = [path for path in paths if path.rpartition(".")[0] == prefix.rstrip(".")]
-    near = difflib.get_close_matches(prefix + name, siblings, n=1, cutoff=0.6)
-    if not near:
+    siblings = [path for path in _field_paths() if path.rpartition(".")[0] == prefix.rstrip(".")]
+    for paths in (siblings, list(_field_paths())):
         leaves = {path.rpartition(".")[2]: path for path in paths}
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, n=1, cutoff=0.7)]
-    if near:
-        return f"; did you mean {near[0]}?"
+        near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.7)
+        if near:
+            return f"; did you mean {leaves[near[0]]}?"
     return f"; valid here: {', '.join(path.rpartition('.')[2] for path in siblings)}"
 
 
 def _field_paths(cls=Config, prefix: str = ""):
     for name, kind in typing.get_type_hints(cls).items():
-        yield prefix + name, kind
+        yield prefix + name
         if dataclasses.is_dataclass(kind):
             yield from _field_paths(kind, f"{prefix}{name}.")
 
