@@ -1,1 +1,5 @@
 """Generator and discriminator over packed sequences."""
+
+from fastelectra.model.electra import Electra
+
+__all__ = ["Electra"]

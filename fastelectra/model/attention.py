@@ -1,0 +1,168 @@
+"""Attention over packed sequences, and the one place where its implementation is chosen.
+
+Every row of the packed buffer belongs to a sequence and attends to that sequence only. The rows of
+padding at the end are made sequences of their own: libraries leave rows that belong to none
+unwritten, and a NaN there would reach the weights through the gradients' matrix products.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from fastelectra.errors import FastElectraError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows attend to which; made once a forward pass, shared by all layers and networks."""
+
+    cu_seqlens: torch.Tensor  # [N+1] int32: boundaries, the last = T; zero-length ones are harmless
+    max_length: int  # bound on the length of a sequence
+    slots: torch.Tensor | None = None  # [T] int64: each row's place in B rows of L; CPU only
+    mask: torch.Tensor | None = None  # [B, 1, 1, L] bool: the places that are taken; CPU only
+
+
+def layout_of(cu_seqlens: torch.Tensor, tokens: int, max_length: int) -> Layout:
+    """The layout of `tokens` rows of which cu_seqlens [S+1] int32 are examples.
+
+    Shapes depend on S, `tokens` and `max_length` only, and nothing waits for the GPU.
+    """
+    chunks = torch.arange(1, -(-tokens // max_length) + 1, device=cu_seqlens.device)
+    padding = (cu_seqlens[-1] + chunks * max_length).clamp(max=tokens).int()
+    cu_seqlens = torch.cat([cu_seqlens, padding])
+    if cu_seqlens.device.type != "cpu":
+        return Layout(cu_seqlens, max_length)
+    lengths = cu_seqlens.diff().long()
+    lengths = lengths[lengths > 0]  # [B]
+    longest = max(lengths.tolist(), default=0)  # L
+    first_row = lengths.cumsum(0) - lengths
+    first_slot = torch.arange(len(lengths)) * longest
+    slots = torch.arange(tokens) + (first_slot - first_row).repeat_interleave(lengths)
+    mask = torch.arange(longest) < lengths[:, None]  # [B, L]
+    return Layout(cu_seqlens, max_length, slots, mask[:, None, None])
+
+
+def attention(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    """softmax(q kᵀ / √d) v within each sequence: [T, 3, heads, d] → [T, heads, d].
+
+    `dropout` is the share of attention probabilities dropped, from torch's default generator.
+    """
+    name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0)
+    return BACKENDS[name](qkv, layout, dropout)
+
+
+def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> str:
+    """The implementation in use, for the start-up report."""
+    return f"attention: {backend(device, dtype, head_size, dropout > 0)}"
+
+
+@cache
+def backend(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    """The name in BACKENDS of the fastest implementation for this device and type."""
+    if device.type != "cuda":
+        return choose(None, dtype, head_size, dropout, frozenset())
+    capability = torch.cuda.get_device_capability(device)
+    return choose(capability, dtype, head_size, dropout, installed())
+
+
+def choose(
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_size: int,
+    dropout: bool,
+    packages: frozenset[str],
+) -> str:
+    """The choice itself. `capability` is CUDA's (major, minor), None on CPU.
+
+    Raises FastElectraError for a head size that no GPU implementation takes.
+    """
+    if capability is None:
+        return "padded"
+    if head_size % 8 or head_size > 256:
+        raise FastElectraError(
+            f"a head size of {head_size} (hidden_size / heads) cannot run on a GPU: choose"
+            " model.heads so that both networks have a multiple of 8, at most 256"
+        )
+    if dtype == torch.float32 or capability < (8, 0):
+        return "memory-efficient"  # flash kernels take 16 bit only, from Ampere on
+    if dropout:
+        return "flash-attn 2" if "flash-attn 2" in packages else "torch flash"
+    if "flash-attn 4" in packages and capability[0] in (9, 10) and head_size in (64, 96, 128):
+        return "flash-attn 4"
+    return "torch varlen"
+
+
+def installed() -> frozenset[str]:
+    """The optional packages that are there. Both live in `flash_attn`; 2 has a compiled part."""
+    packages = set()
+    if importlib.util.find_spec("flash_attn_2_cuda"):
+        packages.add("flash-attn 2")
+    if importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute"):
+        packages.add("flash-attn 4")
+    return frozenset(packages)
+
+
+def _padded(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    _, _, heads, size = qkv.shape
+    sequences, longest = layout.mask.shape[0], layout.mask.shape[3]
+    padded = qkv.new_zeros(sequences * longest, 3, heads, size).index_copy(0, layout.slots, qkv)
+    padded = padded.view(sequences, longest, 3, heads, size)
+    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind()  # (B, heads, L, d)
+    out = F.scaled_dot_product_attention(q, k, v, layout.mask, dropout)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots)
+
+
+def _torch_varlen(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu, longest = layout.cu_seqlens, layout.max_length
+    return varlen_attn(*qkv.unbind(1), cu, cu, longest, longest)
+
+
+def _torch_flash(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    cu, longest = layout.cu_seqlens, layout.max_length
+    return torch.ops.aten._flash_attention_forward(
+        *qkv.unbind(1), cu, cu, longest, longest, dropout, False, False
+    )[0]
+
+
+def _torch_efficient(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    q, k, v = (part.unsqueeze(0) for part in qkv.unbind(1))  # (1, T, heads, d)
+    cu, longest = layout.cu_seqlens, layout.max_length
+    return torch.ops.aten._efficient_attention_forward(
+        q, k, v, None, cu, cu, longest, longest, dropout, 0, qkv.requires_grad
+    )[0].squeeze(0)
+
+
+def _flash_attn_2(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_qkvpacked_func
+
+    return flash_attn_varlen_qkvpacked_func(qkv, layout.cu_seqlens, layout.max_length, dropout)
+
+
+def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=layout.cu_seqlens,
+        cu_seqlens_k=layout.cu_seqlens,
+        max_seqlen_q=layout.max_length,
+        max_seqlen_k=layout.max_length,
+    )[0]
+
+
+BACKENDS = {
+    "padded": _padded,
+    "memory-efficient": _torch_efficient,
+    "torch varlen": _torch_varlen,
+    "torch flash": _torch_flash,
+    "flash-attn 2": _flash_attn_2,
+    "flash-attn 4": _flash_attn_4,
+}

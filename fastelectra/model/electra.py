@@ -1,0 +1,135 @@
+"""ELECTRA (arXiv 2003.10555): mask → generate → gather → head, loss, sample → replace →
+discriminate → loss. `Electra.forward` is section 2 of the paper, line by line."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from fastelectra.config import ModelConfig, ObjectiveConfig, generator_sizes
+from fastelectra.data.batch import Batch
+from fastelectra.kernels import masked_gather, replace_tokens
+from fastelectra.model.attention import Layout, layout_of
+from fastelectra.model.embeddings import Embeddings
+from fastelectra.model.encoder import Network
+from fastelectra.model.heads import DiscriminatorHead, GeneratorHead
+
+
+class Electra(nn.Module):
+    """Generator and discriminator over shared embeddings, initialised as the paper does."""
+
+    def __init__(self, model: ModelConfig, vocab_size: int, objective: ObjectiveConfig):
+        super().__init__()
+        self.objective = objective
+        self.embeddings = Embeddings(
+            vocab_size, model.embedding_size, model.max_positions, model.dropout
+        )
+
+        hidden_size, intermediate_size, heads = generator_sizes(model)
+        narrow = dataclasses.replace(
+            model, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads
+        )
+        self.generator = Network(narrow, GeneratorHead(hidden_size, self.embeddings.word))
+        self.discriminator = Network(model, DiscriminatorHead(model.hidden_size))
+        initialize(self)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """This batch's share of the loss [] fp32, and sums (fp32) over the batch by name.
+
+        The sum of the losses of a step's batches, whose `totals` agree, is the step's loss.
+        """
+        batch = real_part(batch)
+        layout = _layout(batch)
+        seeds = self._dropout_seeds(batch)
+        real_tokens = batch.cu_seqlens[-1]
+
+        masked, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
+        hidden = self._run(self.generator, masked, batch, layout, seeds[0])
+        hidden = masked_gather(hidden, batch.masked_positions)  # (M, H)
+        mlm_loss, sampled, correct = self.generator.head(
+            hidden, batch.labels, batch.uniforms, self.objective.temperature
+        )
+        corrupted, replaced, count = replace_tokens(batch.tokens, batch.masked_positions, sampled)
+        hidden = self._run(self.discriminator, corrupted, batch, layout, seeds[1])
+        disc_loss, histogram = self.discriminator.head(hidden, replaced, real_tokens)
+
+        chosen, tokens = batch.totals.clamp(min=1)
+        loss = (
+            self.objective.generator_weight * mlm_loss / chosen
+            + self.objective.discriminator_weight * disc_loss / tokens
+        )
+        metrics = {
+            "mlm_loss": mlm_loss.detach(),
+            "mlm_correct": correct,
+            "masked": (batch.labels >= 0).sum().float(),
+            "replaced": count,
+            "disc_loss": disc_loss.detach(),
+            "tokens": real_tokens.float(),
+            "histogram": histogram,
+        }
+        return loss, metrics
+
+    @torch.no_grad()
+    def generator_logits(self, batch: Batch) -> torch.Tensor:
+        """[M, V] fp32: the generator's logits at the masked positions (padded rows: no meaning)."""
+        seeds = self._dropout_seeds(batch)[0]
+        masked, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
+        hidden = self._run(self.generator, masked, batch, _layout(batch), seeds)
+        return self.generator.head.logits(masked_gather(hidden, batch.masked_positions)).float()
+
+    @torch.no_grad()
+    def discriminator_logits(
+        self, batch: Batch, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T] fp32: above 0 = replaced. `tokens` [T] int32 stand in for the batch's own."""
+        tokens = batch.tokens if tokens is None else tokens
+        seeds = self._dropout_seeds(batch)[1]
+        hidden = self._run(self.discriminator, tokens, batch, _layout(batch), seeds)
+        return self.discriminator.head.logits(hidden).float()
+
+    def _run(
+        self,
+        network: Network,
+        tokens: torch.Tensor,
+        batch: Batch,
+        layout: Layout,
+        seeds: torch.Tensor,
+    ) -> torch.Tensor:
+        embedded = self.embeddings(tokens, batch.segments, batch.positions, seeds[:1])
+        return network(embedded, layout, seeds[1:])
+
+    def _dropout_seeds(self, batch: Batch) -> torch.Tensor:
+        """[2, 1 + 2 · layers] int64: one for every dropout, from torch's default generator."""
+        dropouts = 1 + 2 * len(self.discriminator.encoder)
+        return torch.randint(2**63 - 1, (2, dropouts), device=batch.tokens.device)
+
+
+@torch.no_grad()
+def initialize(electra: nn.Module) -> None:
+    """Tables and matrices: normal, σ .02, cut at 2 σ (BERT's). Biases 0, LayerNorm weights 1."""
+    for name, parameter in electra.named_parameters():
+        if parameter.ndim == 2:
+            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        elif name.endswith("norm_weight"):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.zeros_(parameter)
+
+
+def real_part(batch: Batch) -> Batch:
+    """On CPU the batch without its padding, which costs time there; elsewhere the batch itself.
+
+    On GPUs shapes stay as they are: constant, and known without waiting for the device.
+    """
+    if batch.tokens.device.type != "cpu":
+        return batch
+    tokens = int(batch.cu_seqlens[-1])
+    masked = int((batch.labels >= 0).sum())
+    cut = {name: getattr(batch, name)[:tokens] for name in ("tokens", "segments", "positions")}
+    for name in ("masked_positions", "masked_inputs", "labels", "uniforms"):
+        cut[name] = getattr(batch, name)[:masked]
+    return dataclasses.replace(batch, **cut)
+
+
+def _layout(batch: Batch) -> Layout:
+    return layout_of(batch.cu_seqlens, len(batch.tokens), batch.max_length)

@@ -1,0 +1,93 @@
+"""BERT's encoder (post-LayerNorm) on packed rows [T, H], with one fused query-key-value product.
+
+Each module's forward uses only parameters of its own: ZeRO stage 3 gathers them just for that.
+Products leave their bias to the fused kernel that follows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastelectra.config import ModelConfig
+from fastelectra.kernels import bias_gelu, dropout_add_layer_norm
+from fastelectra.model.attention import Layout, attention
+from fastelectra.model.embeddings import LAYER_NORM_EPS
+
+
+class Network(nn.Module):
+    """One of the two networks: from the shared embeddings [T, E] to hidden states [T, H].
+
+    `project` is there when E ≠ H. The head is kept here but is called by the step itself.
+    """
+
+    def __init__(self, model: ModelConfig, head: nn.Module):
+        super().__init__()
+        same = model.embedding_size == model.hidden_size
+        self.project = None if same else nn.Linear(model.embedding_size, model.hidden_size)
+        self.encoder = nn.ModuleList(Layer(model) for _ in range(model.layers))
+        self.head = head
+
+    def forward(self, embedded: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
+        """[T, E] → [T, H]; `seeds` [2 · layers] int64 are those of the layers' dropouts."""
+        hidden = embedded if self.project is None else self.project(embedded)
+        for layer, layer_seeds in zip(self.encoder, seeds.view(-1, 2), strict=True):
+            hidden = layer(hidden, layout, layer_seeds)
+        return hidden
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        hidden_size, intermediate_size = model.hidden_size, model.intermediate_size
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values
+        self.attention_output = Output(hidden_size, hidden_size, model.dropout)
+        self.intermediate = Intermediate(hidden_size, intermediate_size)
+        self.output = Output(intermediate_size, hidden_size, model.dropout)
+        self.heads = model.heads
+        self.attention_dropout = model.attention_dropout
+
+    def forward(self, hidden: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, H]; seeds [2] int64."""
+        qkv = self.qkv(hidden).unflatten(1, (3, self.heads, -1))  # (T, 3, heads, d)
+        dropout = self.attention_dropout if self.training else 0.0
+        context = attention(qkv, layout, dropout).flatten(1)  # (T, H)
+        hidden = self.attention_output(context, hidden, seeds[:1])
+        return self.output(self.intermediate(hidden), hidden, seeds[1:])
+
+
+class Intermediate(nn.Module):
+    """gelu(dense(x)): [T, H] → [T, F]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(intermediate_size, hidden_size))
+        self.bias = nn.Parameter(torch.empty(intermediate_size))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return bias_gelu(F.linear(hidden, self.weight), self.bias)
+
+
+class Output(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual): [T, I] and [T, H] → [T, H]."""
+
+    def __init__(self, input_size: int, hidden_size: int, dropout: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size, input_size))
+        self.bias = nn.Parameter(torch.empty(hidden_size))
+        self.norm_weight = nn.Parameter(torch.empty(hidden_size))
+        self.norm_bias = nn.Parameter(torch.empty(hidden_size))
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        return dropout_add_layer_norm(
+            F.linear(x, self.weight),
+            self.bias,
+            residual,
+            self.norm_weight,
+            self.norm_bias,
+            self.dropout if self.training else 0.0,
+            seed,
+            LAYER_NORM_EPS,
+        )
