@@ -1,0 +1,192 @@
+"""The WordPiece tokenizer: trained from text or read from a file, written for Hugging Face."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from fastelectra.errors import FastElectraError
+
+ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the five special tokens."""
+
+    pad: int
+    unk: int
+    cls: int
+    sep: int
+    mask: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, source: str) -> "SpecialTokens":
+        """FastElectraError naming `source` when one of [PAD] [UNK] [CLS] [SEP] [MASK] is missing."""
+        ids = {name: tokenizer.token_to_id(token) for name, token in _SPECIAL.items()}
+        missing = [_SPECIAL[name] for name, number in ids.items() if number is None]
+        if missing:
+            raise FastElectraError(
+                f"{source}: the vocabulary lacks {' '.join(missing)}; ELECTRA needs"
+                f" {' '.join(_SPECIAL.values())}"
+            )
+        return cls(**ids)
+
+
+_SPECIAL = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+
+
+def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool) -> Tokenizer:
+    """Train a WordPiece vocabulary of at most `size` entries; the same texts give the same one.
+
+    The trainer numbers the continuation pieces (##x) in the order of a randomly seeded hash table
+    and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers.
+    """
+    normalizer = _normalizer(lowercase, strip_accents)
+    texts = [normalizer.normalize_str(text) for text in texts]
+    alphabet, continuing = _characters(texts)
+    if not alphabet:
+        raise FastElectraError("the input has no words to train a vocabulary from")
+    known = [*_SPECIAL.values(), *alphabet, *(f"##{character}" for character in continuing)]
+    if size < len(known):
+        raise FastElectraError(
+            f"--vocab-size {size} is too small: special tokens and single characters of this text"
+            f" are {len(known)} entries already"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=size, special_tokens=known, limit_alphabet=len(alphabet),
+        initial_alphabet=alphabet, show_progress=False,
+    )  # fmt: skip
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learner.train_from_iterator(texts, trainer)
+    ids = learner.get_vocab()
+    return build(sorted(ids, key=ids.get), lowercase, strip_accents)
+
+
+def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
+    """The most frequent characters of words, and those of them seen inside a word; sorted."""
+    counts = np.zeros(0x110000, np.int64)
+    codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
+    for code in codes:
+        counts += np.bincount(code, minlength=len(counts))
+    splitter = pre_tokenizers.BertPreTokenizer()
+    seen = np.flatnonzero(counts)
+    pieces = np.zeros(len(counts), np.int8)  # that the splitter makes of a?a: 2 for a space
+    pieces[seen] = [len(splitter.pre_tokenize_str(f"a{chr(code)}a")) for code in seen]
+    seen = seen[pieces[seen] != 2]
+    kept = seen[np.lexsort((seen, -counts[seen]))][:ALPHABET_LIMIT]
+    inside = np.zeros(len(counts), bool)
+    for code in codes:
+        word = pieces[code] == 1
+        inside[code[1:][word[1:] & word[:-1]]] = True
+    kept.sort()
+    return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
+
+
+def read(path: Path, lowercase: bool, strip_accents: bool) -> Tokenizer:
+    """Read a vocab.txt, or a tokenizer.json (which itself says how text is normalised)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FastElectraError(f"{path} is not UTF-8 text") from None
+    if path.suffix == ".json":
+        tokenizer = _from_json(text, path)
+    else:
+        tokenizer = build(_entries(text, path), lowercase, strip_accents)
+    SpecialTokens.of(tokenizer, str(path))
+    return tokenizer
+
+
+def _entries(text: str, path: Path) -> list[str]:
+    tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    first_line: dict[str, int] = {}
+    for number, token in enumerate(tokens, start=1):
+        if token in first_line:
+            raise FastElectraError(
+                f"{path}: {token!r} stands on line {first_line[token]} and again on line {number}"
+            )
+        first_line[token] = number
+    return tokens
+
+
+def _from_json(text: str, path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise FastElectraError(f"{path} is not a tokenizer.json: {error}") from None
+    if not isinstance(tokenizer.model, models.WordPiece):
+        raise FastElectraError(
+            f"{path}: a {type(tokenizer.model).__name__} tokenizer; ELECTRA uses WordPiece"
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def build(tokens: list[str], lowercase: bool, strip_accents: bool) -> Tokenizer:
+    """BERT's tokenizer over `tokens` in the order of their ids."""
+    ids = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.normalizer = _normalizer(lowercase, strip_accents)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    if "[CLS]" in ids and "[SEP]" in ids:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS]:0 $A:0 [SEP]:0",
+            pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", ids["[CLS]"]), ("[SEP]", ids["[SEP]"])],
+        )
+    tokenizer.add_special_tokens([token for token in _SPECIAL.values() if token in ids])
+    return tokenizer
+
+
+def _normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormalizer:
+    return normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
+    )
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write tokenizer.json, vocab.txt and the tokenizer_config.json that AutoTokenizer reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ids = tokenizer.get_vocab()
+    entries = "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
+    (folder / "vocab.txt").write_text(entries, encoding="utf-8", newline="\n")
+    config = {f"{name}_token": token for name, token in _SPECIAL.items()}
+    config["model_max_length"] = 512
+    normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
+    if normalizer.get("type") == "BertNormalizer":
+        config["tokenizer_class"] = "ElectraTokenizer"
+        config["do_lower_case"] = normalizer["lowercase"]
+        config["strip_accents"] = normalizer["strip_accents"]
+        config["tokenize_chinese_chars"] = normalizer["handle_chinese_chars"]
+    else:  # anything else only tokenizer.json describes
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    text = json.dumps(config, indent=2, sort_keys=True)
+    (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_for_encoding(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, taking the text "[MASK]" for text, not for the special token."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def special_tokens(folder: Path) -> dict[str, int]:
+    """The special tokens of a tokenizer folder, as a manifest states them."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return asdict(SpecialTokens.of(tokenizer, str(folder)))
