@@ -20,7 +20,7 @@ class Electra(nn.Module):
 
     def __init__(self, model: ModelConfig, vocab_size: int, objective: ObjectiveConfig):
         super().__init__()
-        self.objective = objective
+        self.config, self.objective = model, objective
         self.embeddings = Embeddings(
             vocab_size, model.embedding_size, model.max_positions, model.dropout
         )
@@ -102,6 +102,13 @@ class Electra(nn.Module):
         """[2, 1 + 2 · layers] int64: one for every dropout, from torch's default generator."""
         dropouts = 1 + 2 * len(self.discriminator.encoder)
         return torch.randint(2**63 - 1, (2, dropouts), device=batch.tokens.device)
+
+
+def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+    """The shape of every parameter of Electra by its name, without making one."""
+    with torch.device("meta"):
+        electra = Electra(model, vocab_size, ObjectiveConfig())
+    return {name: parameter.shape for name, parameter in electra.named_parameters()}
 
 
 @torch.no_grad()

@@ -1,0 +1,211 @@
+"""Hugging Face checkpoints: `fastelectra export` and `fastelectra import`. Needs no transformers.
+
+OUT/discriminator/      for AutoModel, ElectraForPreTraining, ElectraForSequenceClassification …
+OUT/generator/          for ElectraForMaskedLM and pipeline("fill-mask")
+    model.safetensors  config.json  tokenizer files
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+
+from fastelectra.config import (
+    Config,
+    ModelConfig,
+    ObjectiveConfig,
+    config_from_dict,
+    generator_sizes,
+)
+from fastelectra.data import vocabulary
+from fastelectra.data.shards import file_sha256
+from fastelectra.errors import FastElectraError
+from fastelectra.model import Electra
+from fastelectra.model.electra import parameter_shapes
+from fastelectra.model.hub_names import to_hub
+from fastelectra.model.hub_reader import (
+    ARCHITECTURES,
+    FIXED,
+    SHARED,
+    SIZES,
+    hub_folders,
+    read_json,
+    read_networks,
+)
+from fastelectra.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A discriminator, its generator if there is one, and how to make tokens for them."""
+
+    electra: Electra  # fp32 on the CPU, in evaluation mode; a missing generator is untrained
+    tokenizer: Tokenizer
+    tokenizer_dir: Path
+    special: dict[str, int]  # ids of pad, unk, cls, sep, mask
+    has_generator: bool
+
+
+def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pretrained:
+    """Load a checkpoint, run or export folder, or an ElectraForPreTraining folder of Hugging Face.
+
+    `generator` is an ElectraForMaskedLM folder to go with the latter. Raises FastElectraError.
+    """
+    folders = hub_folders(Path(path))
+    if folders:
+        networks = read_networks(folders + ([Path(generator)] if generator else []))
+        if "discriminator" not in networks.folders:
+            raise FastElectraError(f"{path} holds no discriminator (ElectraForPreTraining)")
+        tokenizer_dir, has_generator = networks.tokenizer_dir, "generator" in networks.folders
+        electra = _build(networks.model, networks.vocab_size, networks.weights)
+    else:
+        folder = checkpoint.resolve(path)
+        if generator:
+            raise FastElectraError(f"{folder} has a generator of its own: leave out {generator}")
+        tokenizer_dir, has_generator = folder / checkpoint.TOKENIZER, True
+        electra = _build(*_read_checkpoint(folder))
+    tokenizer, special = _read_tokenizer(tokenizer_dir, len(electra.embeddings.word))
+    return Pretrained(electra.eval(), tokenizer, tokenizer_dir, special, has_generator)
+
+
+def _build(model: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor]) -> Electra:
+    """Both networks; what `weights` lacks is as in a fresh run of seed 0."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        electra = Electra(model, vocab_size, ObjectiveConfig())
+        for name, parameter in electra.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+    return electra
+
+
+def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
+    """The tokenizer of a folder and its special tokens' ids; from vocab.txt alone if need be."""
+    config = folder / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    lowercase = settings.get("do_lower_case", True)
+    strip_accents = settings.get("strip_accents")
+    strip_accents = lowercase if strip_accents is None else strip_accents
+    files = [folder / name for name in ("tokenizer.json", "vocab.txt")]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FastElectraError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
+    tokenizer = vocabulary.read(file, lowercase, strip_accents)
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise FastElectraError(
+            f"{file} has {tokenizer.get_vocab_size()} entries, more than the model's {vocab_size}"
+        )
+    return tokenizer, dataclasses.asdict(vocabulary.SpecialTokens.of(tokenizer, str(file)))
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def add_export_arguments(parser: ArgumentParser) -> None:
+    """Arguments of `fastelectra export`."""
+    parser.add_argument("checkpoint", help="a checkpoint, or a run folder: its newest checkpoint")
+    parser.add_argument("out", help="folder to write, new or empty")
+
+
+def run_export(args: Namespace) -> int:
+    """Write both networks for Hugging Face, all or nothing.
+
+    Raises FastElectraError (not a sound checkpoint, `out` is not empty) or OSError.
+    """
+    folder, out = checkpoint.resolve(args.checkpoint), Path(args.out)
+    model, vocab_size, weights = _read_checkpoint(folder)
+    _, special = _read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
+    with checkpoint.write_folder(out) as aside:
+        for network, architecture in ARCHITECTURES.items():
+            shutil.copytree(folder / checkpoint.TOKENIZER, aside / network)
+            config = _hub_config(model, network, vocab_size, special["pad"])
+            text = json.dumps({"architectures": [architecture], **config}, indent=2)
+            (aside / network / "config.json").write_text(text + "\n", encoding="utf-8")
+            file = Path(network, "model.safetensors")
+            try:
+                save_file(to_hub(weights, network), aside / file, {"format": "pt"})
+            except SafetensorError as error:  # it wraps the operating system's error
+                raise FastElectraError(f"cannot write {out / file}: {error}") from None
+    print(f"wrote {out / 'discriminator'} and {out / 'generator'} from {folder}")
+    return 0
+
+
+def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> dict:
+    """config.json of one network."""
+    sizes = [getattr(model, name) for name in SIZES]
+    sizes = generator_sizes(model) if network == "generator" else sizes
+    return {
+        "model_type": "electra",
+        "vocab_size": vocab_size,
+        **{theirs: getattr(model, ours) for ours, theirs in SHARED.items()},
+        **dict(zip(SIZES.values(), sizes, strict=True)),
+        **FIXED,
+        "initializer_range": 0.02,
+        "pad_token_id": pad,
+        "tie_word_embeddings": True,
+    }
+
+
+def _read_checkpoint(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
+    """Sizes, vocabulary size and weights; FastElectraError if they do not fit together."""
+    state, weights = checkpoint.read_state(folder), checkpoint.read_weights(folder)
+    model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
+    if {name: weights[name].shape for name in weights} != parameter_shapes(
+        model, state["vocab_size"]
+    ):
+        raise FastElectraError(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.STATE} disagree")
+    return model, state["vocab_size"], weights
+
+
+# --- import ---------------------------------------------------------------------------------------
+
+
+def add_import_arguments(parser: ArgumentParser) -> None:
+    """Arguments of `fastelectra import`."""
+    parser.add_argument(
+        "folders", nargs="+", metavar="HF_DIR",
+        help="ElectraForPreTraining and ElectraForMaskedLM folders, one or both, or an export",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, help="folder to write, for training.init_from")
+    parser.add_argument(
+        "--generator-fraction", type=float, default=ModelConfig.generator_fraction,
+        help="the generator's size relative to the discriminator's, where only one of them is given"
+        " (default %(default)s)",
+    )  # fmt: skip
+
+
+def run_import(args: Namespace) -> int:
+    """Write a folder that `training.init_from` takes."""
+    folders = [part for name in args.folders for part in hub_folders(Path(name)) or [Path(name)]]
+    networks = read_networks(folders, args.generator_fraction)
+    electra = _build(networks.model, networks.vocab_size, networks.weights)
+    tokenizer, special = _read_tokenizer(networks.tokenizer_dir, networks.vocab_size)
+    config = Config(model=networks.model)
+    config.data.max_length = min(config.data.max_length, networks.model.max_positions)
+    with tempfile.TemporaryDirectory() as tokenizer_dir:
+        vocabulary.write(tokenizer, Path(tokenizer_dir))
+        checkpoint.write_checkpoint(
+            Path(args.out),
+            {name: parameter.detach() for name, parameter in electra.named_parameters()},
+            Path(tokenizer_dir),
+            step=0,
+            position=None,
+            config=config.to_dict(),
+            vocab_size=networks.vocab_size,
+            special_tokens=special,
+            fingerprint=file_sha256(Path(tokenizer_dir, "tokenizer.json")),
+        )
+    for network in ARCHITECTURES:
+        print(f"{network}: {networks.folders.get(network, 'not given, initialised afresh')}")
+    if networks.embeddings_differ:
+        print("the two networks' embeddings differ: took the discriminator's")
+    print(f"wrote {args.out}: start from it with training.init_from")
+    return 0

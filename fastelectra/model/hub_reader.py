@@ -1,0 +1,179 @@
+"""Reads the folders that Hugging Face's `save_pretrained` writes, in our terms."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from fastelectra.config import Config, ModelConfig, config_from_dict, generator_sizes
+from fastelectra.errors import FastElectraError
+from fastelectra.model.electra import parameter_shapes
+from fastelectra.model.hub_names import from_hub
+
+ARCHITECTURES = {"discriminator": "ElectraForPreTraining", "generator": "ElectraForMaskedLM"}
+SHARED = {  # fields of our model configuration that both of theirs have → their names
+    "layers": "num_hidden_layers",
+    "embedding_size": "embedding_size",
+    "max_positions": "max_position_embeddings",
+    "dropout": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+SIZES = {  # those that differ between the networks, in the order of generator_sizes()
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "heads": "num_attention_heads",
+}
+FIXED = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What Hugging Face folders hold, in our terms."""
+
+    folders: dict[str, Path]  # of the networks that are there
+    model: ModelConfig
+    vocab_size: int
+    weights: dict[str, torch.Tensor]  # of those networks and the shared embeddings
+    embeddings_differ: bool  # the networks', which ours share: the discriminator's were taken
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.folders.get("discriminator") or self.folders["generator"]
+
+
+def hub_folders(path: Path) -> list[Path]:
+    """The folder itself, or the parts of an export; empty if it is neither."""
+    if (path / "config.json").is_file():
+        return [path]
+    return [path / part for part in ARCHITECTURES if (path / part / "config.json").is_file()]
+
+
+def read_networks(
+    paths: Sequence[Path], fraction: float = ModelConfig.generator_fraction
+) -> Networks:
+    """Read one or two networks; `fraction` gives the sizes of the one that is missing."""
+    folders, configs, tensors = {}, {}, {}
+    for path in paths:
+        config, loaded = _read_hub_config(path), _read_tensors(path)
+        found = [name for name in ARCHITECTURES if f"{name}_predictions.dense.weight" in loaded]
+        if len(found) != 1:
+            known = " nor ".join(ARCHITECTURES.values())
+            raise FastElectraError(f"{path}: the weights are neither of {known}")
+        if found[0] in folders:
+            raise FastElectraError(f"{folders[found[0]]} and {path} are both a {found[0]}")
+        folders[found[0]], configs[found[0]], tensors[found[0]] = path, config, loaded
+    model, vocab_size = _model_config(folders, configs, fraction)
+    shapes, weights, differ = parameter_shapes(model, vocab_size), {}, False
+    for network in (name for name in ARCHITECTURES if name in folders):
+        for name, shape in shapes.items():
+            if name.startswith(("embeddings.", f"{network}.")):
+                tensor = _our_tensor(name, shape, folders[network], tensors[network])
+                differ |= not torch.equal(weights.setdefault(name, tensor), tensor)
+    return Networks(folders, model, vocab_size, weights, differ)
+
+
+def _read_hub_config(folder: Path) -> dict:
+    """config.json, with Hugging Face's defaults, which are ours, for what it leaves out."""
+    path, model = folder / "config.json", ModelConfig()
+    config = read_json(path)
+    if config.get("model_type") != "electra":
+        raise FastElectraError(f"{path} is not the configuration of an Electra model")
+    for name, value in FIXED.items():
+        if config.get(name, value) != value:
+            raise FastElectraError(f"{path}: {name} is {config[name]!r}, supported is {value!r}")
+    defaults = {theirs: getattr(model, ours) for ours, theirs in {**SHARED, **SIZES}.items()}
+    config = {"vocab_size": 30_522, **defaults, **config}
+    for name, default in {"vocab_size": 30_522, **defaults}.items():
+        if type(config[name]) not in (int, type(default)):
+            raise FastElectraError(f"{path}: {name} must be a number, got {config[name]!r}")
+    return config
+
+
+def _model_config(
+    folders: dict[str, Path], configs: dict[str, dict], fraction: float
+) -> tuple[ModelConfig, int]:
+    """Our configuration and the vocabulary size, from one or two of theirs."""
+    if not 0 < fraction <= 1:
+        raise FastElectraError(f"--generator-fraction {fraction} must be above 0 and at most 1")
+    first = next(name for name in ARCHITECTURES if name in configs)
+    config, generator = configs[first], configs.get("generator")
+    for name in ("vocab_size", *list(SHARED.values())[:3]):
+        if generator and generator[name] != config[name]:
+            raise FastElectraError(
+                f"{folders[first]} and {folders['generator']} are no pair: {name} is"
+                f" {config[name]} in one and {generator[name]} in the other"
+            )
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    if len(configs) == 2:
+        fraction = generator["hidden_size"] / config["hidden_size"]
+    elif generator:
+        sizes = {ours: round(size / fraction) for ours, size in sizes.items()}
+    shared = {ours: config[theirs] for ours, theirs in SHARED.items()}
+    where = str(folders[first] / "config.json")
+    values = {**shared, **sizes, "generator_fraction": fraction}
+    length = {"max_length": min(Config().data.max_length, shared["max_positions"])}
+    model = config_from_dict({"model": values, "data": length}, where).model
+    given = generator and tuple(generator[name] for name in SIZES.values())
+    if generator and generator_sizes(model) != given:
+        raise FastElectraError(
+            f"{folders['generator']}: hidden size, feed-forward size and heads are {given}, but"
+            f" {fraction:.4g} of the discriminator's would be {generator_sizes(model)}"
+        )
+    return model, config["vocab_size"]
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder, from one file or several that an index lists."""
+    for name, load in (("model.safetensors", load_file), ("pytorch_model.bin", _load_pickle)):
+        index = folder / f"{name}.index.json"
+        files = [folder / name] if (folder / name).is_file() else []
+        if index.is_file():
+            files = sorted({folder / part for part in read_json(index)["weight_map"].values()})
+        tensors = {}
+        for file in files:
+            try:
+                tensors.update(load(file))
+            except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+                raise FastElectraError(f"cannot read {file}: {error}") from None
+        if files:
+            return tensors
+    raise FastElectraError(f"{folder} has no weights: expected model.safetensors")
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _our_tensor(
+    name: str, shape: torch.Size, folder: Path, tensors: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    try:
+        tensor = from_hub(name, tensors)
+    except KeyError as error:
+        raise FastElectraError(f"{folder}: the weights lack {error.args[0]}") from None
+    output_table = tensors.get("generator_lm_head.weight")
+    if name == "embeddings.word" and not (
+        output_table is None or torch.equal(output_table, tensor)
+    ):
+        raise FastElectraError(f"{folder}: its output table is not its word embeddings")
+    if tensor.shape != shape:
+        raise FastElectraError(
+            f"{folder}: {name} has shape {list(tensor.shape)}, its config.json says {list(shape)}"
+        )
+    return tensor
+
+
+def read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not valid JSON"
+        raise FastElectraError(f"cannot read {path}: {reason}") from None
+    if not isinstance(values, dict):
+        raise FastElectraError(f"{path} is not a JSON object")
+    return values
