@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from fastelectra.errors import FastElectraError
 
+Tensors = dict[str, torch.Tensor]  # by parameter name
+
 FORMAT = 1
 WEIGHTS, MOMENTS, STATE, TOKENIZER = (
     "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer")  # fmt: skip
@@ -65,7 +67,7 @@ def _sync(path: Path) -> None:
 
 def write_checkpoint(
     target: Path,
-    weights: dict[str, torch.Tensor],
+    weights: Tensors,
     tokenizer_dir: Path,
     *,
     step: int,
@@ -74,11 +76,11 @@ def write_checkpoint(
     vocab_size: int,
     special_tokens: dict[str, int],
     fingerprint: str,
-    moments: dict[str, torch.Tensor] | None = None,
+    moments: Tensors | None = None,
 ) -> None:
     """Write a checkpoint folder atomically; weights and moments are contiguous fp32 CPU tensors.
 
-    Raises OSError or FastElectraError (full disk, no permission, `target` exists).
+    Raises FastElectraError (full disk, no permission, `target` exists).
     """
     state = {
         "format": FORMAT,
@@ -89,19 +91,16 @@ def write_checkpoint(
         "special_tokens": special_tokens,
         "fingerprint": fingerprint,
     }
-    with write_folder(target) as folder:
-        _save_tensors(weights, folder / WEIGHTS, target)
-        if moments is not None:
-            _save_tensors(moments, folder / MOMENTS, target)
-        shutil.copytree(tokenizer_dir, folder / TOKENIZER)
-        (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path, target: Path) -> None:
     try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # it wraps the operating system's error
-        raise FastElectraError(f"cannot write {target / path.name}: {error}") from None
+        with write_folder(target) as folder:
+            save_file(weights, folder / WEIGHTS)
+            if moments is not None:
+                save_file(moments, folder / MOMENTS)
+            shutil.copytree(tokenizer_dir, folder / TOKENIZER)
+            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    except (OSError, SafetensorError) as error:  # the second wraps the first
+        reason = getattr(error, "strerror", None) or error
+        raise FastElectraError(f"cannot write the checkpoint {target}: {reason}") from None
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -151,17 +150,17 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> Tensors:
     """fp32 weights by parameter name. Raises FastElectraError if the file is damaged."""
     return _load_tensors(Path(folder) / WEIGHTS)
 
 
-def read_moments(folder: Path) -> dict[str, torch.Tensor]:
+def read_moments(folder: Path) -> Tensors:
     """fp32 Adam moments by {parameter name}.exp_avg / .exp_avg_sq. Raises FastElectraError."""
     return _load_tensors(Path(folder) / MOMENTS)
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _load_tensors(path: Path) -> Tensors:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,0 +1,67 @@
+"""Pre-train ELECTRA; the same command again resumes.
+
+    deepspeed fastelectra/train.py --config configs/base.json [--set section.field=value …]
+
+also under torchrun, and in one process as `fastelectra train` or plain python.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    del sys.path[0]  # a script's folder comes first: our data/ would hide another `data`
+
+from fastelectra import errors
+from fastelectra.config import load_config
+from fastelectra.training import launch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+        help="override one field; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers add it
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train as the arguments say. Raises FastElectraError, on every rank."""
+    process = launch.prepare()
+    with launch.one_voice(process):
+        config = load_config(args.config, args.set)
+
+        # torch and DeepSpeed read the environment that launch.prepare has set
+        from fastelectra.data.shards import open_corpus
+        from fastelectra.training.engine import plan_engine
+        from fastelectra.training.loop import Trainer
+        from fastelectra.training.opening import opening
+        from fastelectra.training.report import check_outputs
+        from fastelectra.training.resume import find_start
+
+        corpus = open_corpus(config.data.path)
+        plan = plan_engine(config, process)
+        start = find_start(config, corpus)
+        if start.step >= config.training.steps:
+            process.say(f"{start.folder}: this run is finished; raise training.steps to go on")
+            return 0
+        if process.leads:
+            check_outputs(config)
+        trainer = Trainer(config, corpus, process, plan, start)
+        for line in opening(trainer):
+            process.say(line)
+        trainer.train()
+        return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line of `deepspeed fastelectra/train.py`."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__.partition(";")[0])
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

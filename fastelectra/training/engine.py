@@ -1,0 +1,183 @@
+"""The DeepSpeed engine: its section of the configuration checked, completed, and started."""
+
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from fastelectra.config import Config
+from fastelectra.errors import FastElectraError
+from fastelectra.model.electra import Electra
+from fastelectra.training.launch import Process
+from fastelectra.training.optimizer import PaperAdam, parameter_groups
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+import deepspeed
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+SET_BY = {  # keys of the section that other fields decide
+    "train_batch_size": "training.batch_tokens",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_tokens",
+    "gradient_allreduce_op": "the trainer, which sums over the global batch",
+    "optimizer": "the optimizer section",
+    "scheduler": "optimizer.peak_lr and optimizer.warmup_steps",
+}
+PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")  # keys by which a user may choose one
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What DeepSpeed is asked for."""
+
+    section: dict  # the complete DeepSpeed configuration
+    precision: str  # bf16, fp16 or fp32
+    why: str  # this precision
+    stage: int  # of ZeRO
+    accumulation: int  # micro-batches of one rank in one step
+    device: torch.device
+
+
+def plan_engine(config: Config, process: Process) -> Plan:
+    """Check `config.deepspeed` and complete it. Raises FastElectraError naming the wrong field."""
+    user = config.deepspeed
+    for key in SET_BY.keys() & user.keys():
+        raise FastElectraError(f"remove deepspeed.{key}: it is set by {SET_BY[key]}")
+    accumulation, rest = divmod(micro_batches(config), process.world)
+    if rest:
+        raise FastElectraError(
+            f"{process.world} processes cannot share {micro_batches(config)} micro-batches a step"
+            " evenly: make training.batch_tokens a multiple of"
+            f" {process.world} × training.micro_batch_tokens, or start another number of processes"
+        )
+    if user.get("gradient_accumulation_steps", accumulation) != accumulation:
+        raise FastElectraError(
+            f"deepspeed.gradient_accumulation_steps = {user['gradient_accumulation_steps']}, but"
+            f" training.batch_tokens / micro_batch_tokens / processes = {accumulation}: remove it"
+        )
+    _check_section(user)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
+    precision, why = _precision(user, device)
+    section = {
+        "gradient_clipping": 1.0,
+        "steps_per_print": 10**9,  # the trainer reports
+        "zero_allow_untested_optimizer": True,  # PaperAdam
+        "zero_force_ds_cpu_optimizer": False,  # with offload too
+        **user,
+        "train_micro_batch_size_per_gpu": 1,  # a sample, to DeepSpeed, is a micro-batch
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {
+            "stage": 0 if precision == "fp32" else 1,
+            "memory_efficient_linear": False,  # else stage 3 replaces F.linear everywhere
+            **user.get("zero_optimization", {}),
+        },
+    }
+    if not any(key in user for key in PRECISIONS) and precision == "bf16":
+        section["bf16"] = {"enabled": True}
+    stage = section["zero_optimization"]["stage"]
+    return Plan(section, precision, why, stage, accumulation, device)
+
+
+def micro_batches(config: Config) -> int:
+    """Forward passes of one step, over all ranks."""
+    return config.training.batch_tokens // config.training.micro_batch_tokens
+
+
+def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSpeedEngine:
+    """Join the other ranks and hand the model to DeepSpeed."""
+    if plan.device.type == "cpu":  # else it compiles an op that training never uses
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(plan.device)
+    deepspeed.init_distributed(verbose=False)
+    groups = parameter_groups(model, config.optimizer.weight_decay)
+    optimizer = PaperAdam(groups, config.optimizer)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
+
+
+def _cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def _precision(user: dict, device: torch.device) -> tuple[str, str]:
+    """(name, reason): as asked, or what the hardware is fast at."""
+    for key in PRECISIONS:
+        if user.get(key, {}).get("enabled"):
+            return {"bfloat16": "bf16", "torch_autocast": "fp32"}.get(key, key), "as asked"
+    if any(key in user for key in PRECISIONS):
+        return "fp32", "as asked"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return "bf16", "this GPU is fast at it"
+        return "fp32", "this GPU has no fast bf16"
+    if _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
+        return "bf16", "this CPU is fast at it"
+    return "fp32", "this CPU has no fast bf16"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+class _Asked(dict):
+    """A section that notes which keys DeepSpeed looks up: those are the ones it knows."""
+
+    known: ClassVar[set[str]] = set()  # shared with the copies DeepSpeed makes
+
+    def __contains__(self, key):
+        self.known.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key):
+        self.known.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.known.add(key)
+        return super().get(key, default)
+
+    def keys(self):
+        return self
+
+
+def _check_section(user: dict) -> None:
+    """DeepSpeed ignores keys that it does not know and reports others at length: ask it here."""
+    for key, value in user.items():
+        _parse({key: value}, key)
+    _parse(user, "")
+    for key in user.keys() - _Asked.known:
+        raise FastElectraError(f"unknown field deepspeed.{key}{_nearest(key, _Asked.known)}")
+    clip = user.get("gradient_clipping", 1.0)
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0:
+        raise FastElectraError(f"deepspeed.gradient_clipping must be a number ≥ 0, got {clip!r}")
+
+
+def _parse(section: dict, name: str) -> None:
+    where = f"deepspeed.{name}".rstrip(".")
+    try:
+        DeepSpeedConfig(_Asked(section, train_micro_batch_size_per_gpu=1))
+    except (TypeError, AttributeError):
+        raise FastElectraError(f"{where} is not of the type that DeepSpeed expects") from None
+    except Exception as error:  # its own, pydantic's, bare assertions
+        if not hasattr(error, "errors"):
+            raise FastElectraError(f"{where}: {error}") from None
+        first = error.errors()[0]
+        field = ".".join([where, *map(str, first["loc"])])
+        if first["type"] != "extra_forbidden":
+            raise FastElectraError(f"{field}: {first['msg']}, got {first['input']!r}") from None
+        names = {n for kind in DeepSpeedConfigModel.__subclasses__() for n in kind.model_fields}
+        hint = _nearest(str(first["loc"][-1]), names)
+        raise FastElectraError(f"unknown field {field}{hint}") from None
+
+
+def _nearest(name: str, names: set[str]) -> str:
+    near = difflib.get_close_matches(name, map(str, names), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""

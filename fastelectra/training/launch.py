@@ -1,0 +1,109 @@
+"""Being launched: by `deepspeed`, by torchrun, or as a plain process. Imports nothing heavy."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastelectra.errors import FastElectraError
+
+PATIENCE = 10  # seconds that other ranks leave rank 0 to report an error and end the run
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process's place among all processes of the run."""
+
+    rank: int
+    world: int
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one process that prints and writes."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.leads:
+            print(text, flush=True)
+
+
+def prepare() -> Process:
+    """Complete the environment; call before torch is imported. Returns this process's place."""
+    if "RANK" in os.environ:
+        threading.Thread(target=_end_with_launcher, daemon=True).start()
+    else:  # no launcher: a group of one
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
+    if local_world > 1:  # ranks that spin while they wait take the cores from those that work
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _end_with_launcher() -> None:
+    """Leave no orphans: end this process when what launched it has gone.
+
+    The `deepspeed` command starts deepspeed.launcher.launch, which starts the ranks; a signal to
+    the first alone would leave the others running.
+    """
+    launcher = os.getppid()
+    front = _parent_of(launcher) if b"deepspeed.launcher.launch" in _command_of(launcher) else None
+    while True:
+        time.sleep(1)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif front is not None and _parent_of(launcher) != front:
+            os.kill(launcher, signal.SIGTERM)  # it ends all its ranks
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+@contextmanager
+def one_voice(process: Process) -> Iterator[None]:
+    """Let one rank report an error that all ranks meet.
+
+    Rank 0 reports at once and its exit makes the launcher end the others; another rank reports
+    only what rank 0 has not, after a while.
+    """
+    try:
+        yield
+    except (FastElectraError, OSError):
+        if not process.leads:
+            time.sleep(PATIENCE)
+        raise
+    except KeyboardInterrupt:
+        if not process.leads:
+            sys.exit(130)
+        raise

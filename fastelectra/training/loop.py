@@ -1,0 +1,209 @@
+"""The training loop: steps, evaluations, checkpoints, in an order that a restart repeats."""
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fastelectra import kernels
+from fastelectra.config import Config
+from fastelectra.data.batch import Batch, BatchShape
+from fastelectra.data.shards import Corpus
+from fastelectra.data.stream import BatchStream, Position, prefetch
+from fastelectra.errors import FastElectraError
+from fastelectra.model.electra import Electra
+from fastelectra.training import checkpoint, portable
+from fastelectra.training.checkpoint import Tensors
+from fastelectra.training.engine import Plan, micro_batches, start_engine
+from fastelectra.training.flops import flops_per_token, peak_flops
+from fastelectra.training.launch import Process
+from fastelectra.training.metrics import Meter, collapsed
+from fastelectra.training.report import Report
+from fastelectra.training.resume import Start, load_weights
+from fastelectra.training.schedule import learning_rate
+
+AHEAD = 4  # steps of batches made before they are needed
+
+
+class Trainer:
+    """A run: model, engine, data and reports, from a start to the last step."""
+
+    def __init__(self, config: Config, corpus: Corpus, process: Process, plan: Plan, start: Start):
+        self.config, self.corpus, self.process, self.plan = config, corpus, process, plan
+        self.start, self.run = start, Path(config.training.output_dir)
+        self.batches_per_step = micro_batches(config)
+        self.stream, self.heldout = (self._stream(name) for name in ("train", "heldout"))
+        self.warned = False
+        kernels.set_backend(config.training.kernels)
+        torch.manual_seed(config.training.seed)
+        model = Electra(config.model, corpus.vocab_size, config.objective)
+        weights = load_weights(model, start.folder) if start.folder else None
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.engine = start_engine(model, config, plan)
+        if start.resumes:
+            moments = checkpoint.read_moments(start.folder)
+            adam_step = portable.torch_optimizer(self.engine).adam_step(start.step)
+            portable.restore(self.engine, weights, moments, adam_step)
+        peak = peak_flops(plan.device, plan.precision)
+        self.peak_tokens = peak and peak * process.world / flops_per_token(
+            config, corpus.vocab_size
+        )
+
+    def _stream(self, split: str) -> BatchStream:
+        data, training = self.config.data, self.config.training
+        shape = BatchShape.of(training.micro_batch_tokens, data.max_length, data.mask_fraction)
+        shards, special = self.corpus.split(split), self.corpus.special
+        return BatchStream(shards, special, data, shape, self.batches_per_step, training.seed)
+
+    def train(self) -> None:
+        """Train to the last step, then evaluate and write the last checkpoint."""
+        training, process, first = self.config.training, self.process, self.start.step
+        self.report = Report(self.config, first) if process.leads else None
+        if process.leads:
+            checkpoint.tidy(self.run, training.keep_last)
+        steps = self.stream.steps(self.start.position, first, process.rank, process.world)
+        self.engine.train()
+        meter, self.began = Meter(), time.monotonic()
+        mark = self.began
+        for step, (batches, position) in zip(
+            range(first + 1, training.steps + 1), prefetch(steps, AHEAD), strict=False
+        ):
+            last = step == training.steps
+            evaluates = last or step % training.eval_every == 0
+            saves = last or step % training.checkpoint_every == 0
+            logs = evaluates or saves or step % training.log_every == 0
+            lr = self._set_learning_rate(step - 1)
+            norm = self._step(batches, meter, logs)
+            if logs:
+                self._log(step, meter.read(), lr, norm, mark)
+            if evaluates:
+                self._evaluate(step)
+            if saves:
+                self._save(step, position)
+            if logs:
+                mark = time.monotonic()
+        if self.report:
+            self.process.say(f"finished: learning curves in {self.report.draw()}")
+            self.report.close()
+
+    def _set_learning_rate(self, step: int) -> float:
+        optimizer = self.config.optimizer
+        lr = learning_rate(
+            step, optimizer.peak_lr, optimizer.warmup_steps, self.config.training.steps
+        )
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _step(self, batches: list[Batch], meter: Meter, wants_norm: bool) -> float | None:
+        """One update. Returns the norm of the gradients before clipping if it is wanted."""
+        for number, batch in enumerate(batches, 1):
+            loss, metrics = self._forward(batch)
+            # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
+            self.engine.backward(loss * self.batches_per_step)
+            norm = None
+            if wants_norm and number == len(batches):
+                norm = self._whole_norm()
+            self.engine.step()
+            meter.add(metrics)
+        if wants_norm and norm is None:
+            norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def _whole_norm(self) -> torch.Tensor | None:
+        """At stage 0 in fp32 DeepSpeed does not tell the norm that it clips by."""
+        if self.plan.stage > 0 or self.plan.precision != "fp32":
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters()])
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        torch.manual_seed(batch.seed)  # dropout then depends on the batch, not on who has it
+        return self.engine(batch.to(self.plan.device))
+
+    def _log(
+        self, step: int, scores: dict[str, float], lr: float, norm: float | None, mark: float
+    ) -> None:
+        if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
+            raise FastElectraError(
+                f"the loss is not a number at step {step}: lower optimizer.peak_lr or raise"
+                " optimizer.warmup_steps, and run the same command again"
+            )
+        now = time.monotonic()
+        record = {"kind": "train", "step": step, **self._with_total(scores), "lr": lr}
+        record["grad_norm"] = norm
+        record["tokens_per_second"] = scores["tokens"] / (now - mark)
+        if self.peak_tokens:
+            record["mfu"] = record["tokens_per_second"] / self.peak_tokens
+        record["seconds_left"] = (
+            (now - self.began) / (step - self.start.step) * (self.config.training.steps - step)
+        )
+        if self.report:
+            self.report.write(record)
+
+    def _with_total(self, scores: dict[str, float]) -> dict[str, float]:
+        weights = self.config.objective
+        loss = (
+            weights.generator_weight * scores["mlm_loss"]
+            + weights.discriminator_weight * scores["disc_loss"]
+        )
+        return {"loss": loss, **scores}
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> None:
+        process, meter = self.process, Meter()
+        batches = self.heldout.evaluation(
+            self.config.training.eval_tokens, process.rank, process.world
+        )
+        self.engine.eval()
+        for batch in prefetch(batches, AHEAD):
+            meter.add(self._forward(batch)[1])
+        self.engine.train()
+        scores = meter.read()
+        if self.report:
+            self.report.write({"kind": "eval", "step": step, **self._with_total(scores)})
+            self.report.draw()
+            self._warn_if_collapsed(step, scores)
+
+    def _warn_if_collapsed(self, step: int, scores: dict[str, float]) -> None:
+        """Say once, each time it happens, that the discriminator has nothing but the prior."""
+        sits = step >= self.config.optimizer.warmup_steps and collapsed(scores["gain"])
+        if sits and not self.warned:
+            self.process.say(
+                f"warning: the discriminator's loss {scores['disc_loss']:.4f} sits on H(fake rate)"
+                f" = {scores['prior_loss']:.4f}: it has learnt nothing beyond the rate of fakes."
+                " If this lasts, lower optimizer.peak_lr or model.generator_fraction"
+            )
+        self.warned = sits
+
+    def _save(self, step: int, position: Position) -> None:
+        """Write a checkpoint; when rank 0 cannot, the run ends on all ranks."""
+        weights, moments = portable.gather(self.engine)
+        error = None
+        if self.process.leads:
+            try:
+                self._write(step, position, weights, moments)
+            except (FastElectraError, OSError) as caught:
+                error = caught
+        failed = torch.tensor(int(error is not None), device=self.plan.device)
+        torch.distributed.broadcast(failed, 0)
+        if error:
+            raise error
+        if failed:
+            raise FastElectraError(f"rank 0 could not write the checkpoint of step {step}")
+
+    def _write(self, step: int, position: Position, weights: Tensors, moments: Tensors) -> None:
+        checkpoint.write_checkpoint(
+            checkpoint.checkpoint_folder(self.run, step),
+            weights,
+            self.corpus.tokenizer_dir,
+            step=step,
+            position=position.to_dict(),
+            config=self.config.to_dict(),
+            vocab_size=self.corpus.vocab_size,
+            special_tokens=asdict(self.corpus.special),
+            fingerprint=self.corpus.fingerprint,
+            moments=moments,
+        )
+        checkpoint.tidy(self.run, self.config.training.keep_last)

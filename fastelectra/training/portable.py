@@ -1,0 +1,125 @@
+"""Full fp32 weights and Adam moments by parameter name, out of and into any DeepSpeed engine.
+
+DeepSpeed's own checkpoints fit one number of ranks and one ZeRO stage; these fit all. At stage 0
+the torch optimizer holds whole parameters (in 16 bit a wrapper's fp32 copies of them); in stages
+1 to 3 it holds this rank's parts in flat buffers, reached through DeepSpeed's `safe_*` functions.
+"""
+
+import torch
+import torch.nn.functional as F
+from deepspeed import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+from fastelectra.training.checkpoint import Tensors
+
+KEYS = ("exp_avg", "exp_avg_sq")
+
+
+def gather(engine: DeepSpeedEngine) -> tuple[Tensors, Tensors]:
+    """(weights, moments) in fp32 on the host of rank 0, empty elsewhere; all ranks call it.
+
+    Moments are named {parameter}.exp_avg and {parameter}.exp_avg_sq.
+    """
+    read = _read_whole(engine) if engine.zero_optimization_stage() == 0 else _read_parts
+    weights, moments = {}, {}
+    for name, parameter in engine.module.named_parameters():
+        weight, *states = read(parameter)
+        if engine.global_rank == 0:
+            weights[name] = _to_host(weight)
+            for key, state in zip(KEYS, states, strict=True):
+                moments[f"{name}.{key}"] = _to_host(state)
+    return weights, moments
+
+
+def restore(engine: DeepSpeedEngine, weights: Tensors, moments: Tensors, adam_step: float) -> None:
+    """Put what `gather` gave into an engine of any stage, precision and number of ranks."""
+    prepare = {0: _write_whole, 3: _write_shard}.get(engine.zero_optimization_stage(), _write_parts)
+    write = prepare(engine, adam_step)
+    for name, parameter in engine.module.named_parameters():
+        write(parameter, weights[name], {key: moments[f"{name}.{key}"] for key in KEYS})
+
+
+def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+    """The optimizer inside DeepSpeed's wrapper."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _masters(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor]:
+    """Stage 0: the tensor that the optimizer updates for each parameter of the module."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp16_groups"):  # also bf16
+        groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+        return {half: full for pair in groups for half, full in zip(*pair, strict=True)}
+    return {parameter: parameter for parameter in engine.module.parameters()}
+
+
+def _read_whole(engine: DeepSpeedEngine):
+    masters, state = _masters(engine), torch_optimizer(engine).state
+    return lambda p: [masters[p], *(state[masters[p]][key] for key in KEYS)]
+
+
+def _write_whole(engine: DeepSpeedEngine, adam_step: float):
+    masters, state = _masters(engine), torch_optimizer(engine).state
+
+    def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
+        master = masters[parameter]
+        master.data.copy_(weight)
+        state[master] = {key: value.to(master.device) for key, value in moments.items()}
+        state[master]["step"] = torch.tensor(adam_step, device=master.device)
+
+    return write
+
+
+def _read_parts(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Stages 1 to 3: put together from all ranks."""
+    states = (safe_get_full_optimizer_state(parameter, key) for key in KEYS)
+    return [safe_get_full_fp32_param(parameter), *states]
+
+
+def _fresh_states(engine: DeepSpeedEngine, buffers: list[torch.Tensor], adam_step: float) -> None:
+    for buffer in buffers:
+        state = {key: torch.zeros_like(buffer) for key in KEYS}
+        state["step"] = torch.tensor(adam_step, device=buffer.device)
+        torch_optimizer(engine).state[buffer] = state
+
+
+def _write_parts(engine: DeepSpeedEngine, adam_step: float):
+    optimizer = engine.optimizer
+    _fresh_states(engine, optimizer.single_partition_of_fp32_groups, adam_step)
+    optimizer._lazy_init_hp_params_optimizer_state()  # lets the functions below find them
+
+    def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
+        safe_set_full_fp32_param(parameter, weight)
+        for key, value in moments.items():
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    return write
+
+
+def _write_shard(engine: DeepSpeedEngine, adam_step: float):
+    _fresh_states(engine, engine.optimizer.fp32_partitioned_groups_flat, adam_step)
+
+    def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
+        size = safe_get_local_fp32_param(parameter).numel()
+
+        def mine(full: torch.Tensor) -> torch.Tensor:
+            padded = F.pad(full.flatten(), (0, size * engine.world_size - full.numel()))
+            return padded[size * engine.global_rank :][:size]
+
+        safe_set_local_fp32_param(parameter, mine(weight))
+        for key, value in moments.items():
+            safe_set_local_optimizer_state(parameter, mine(value), key)
+
+    return write

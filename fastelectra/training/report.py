@@ -1,0 +1,162 @@
+"""What a run tells the world: a progress line, metrics.jsonl, TensorBoard, wandb, curves.png."""
+
+import importlib.util
+import json
+import math
+from datetime import timedelta
+from pathlib import Path
+
+from fastelectra.config import Config
+from fastelectra.errors import FastElectraError
+from fastelectra.training import curves
+
+
+def check_outputs(config: Config) -> None:
+    """Make the run folder and see that it can be written; rank 0 calls it before training.
+
+    Raises FastElectraError for a folder without permission, or for wandb asked for and missing.
+    """
+    if config.training.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise FastElectraError(
+            "training.wandb_project is set but wandb is not installed: pip install wandb"
+        )
+    run = Path(config.training.output_dir)
+    if not config.training.output_dir:
+        raise FastElectraError("training.output_dir is not set: name the folder of this run")
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (run / "config.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FastElectraError(
+            f"cannot write training.output_dir {run}: {error.strerror}"
+        ) from None
+
+
+class Report:
+    """Rank 0's records of a run that starts, or goes on, after `step` updates."""
+
+    def __init__(self, config: Config, step: int):
+        self._run = Path(config.training.output_dir)
+        self._steps = config.training.steps
+        self._records = _cut(self._run / "metrics.jsonl", step)
+        self._board = _tensorboard(self._run, step) if config.training.tensorboard else None
+        self._wandb = _wandb(self._run, config) if config.training.wandb_project else None
+
+    def write(self, record: dict) -> None:
+        """Print one record and add it everywhere. It has a step and a kind: train or eval."""
+        line = train_line if record["kind"] == "train" else eval_line
+        print(line(record, self._steps), flush=True)
+        record = {name: _json_value(value) for name, value in record.items()}
+        self._records.append(record)
+        path = self._run / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise FastElectraError(f"cannot write {path}: {error.strerror}") from None
+        scalars = {
+            f"{record['kind']}/{name}": value
+            for name, value in record.items()
+            if name not in ("step", "kind") and value is not None
+        }
+        if self._board:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb:
+            self._wandb.log({**scalars, "step": record["step"]})
+
+    def draw(self) -> Path:
+        """Draw the learning curves so far; returns the picture's path."""
+        path = self._run / "curves.png"
+        curves.draw(self._records, path, f"Learning curves of {self._run.name}")
+        if self._board:
+            self._board.flush()
+        return path
+
+    def close(self) -> None:
+        """Finish what other programs read."""
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def train_line(record: dict, steps: int) -> str:
+    """One line of progress over the steps since the last one."""
+    parts = [
+        f"step {record['step']:>{len(f'{steps:,}')},}/{steps:,}",
+        f"mlm {record['mlm_loss']:.3f}",
+        f"disc {record['disc_loss']:.4f} (H {record['prior_loss']:.4f})",
+        f"fake {100 * record['fake_rate']:.1f}%",
+        f"auc {record['auc']:.3f}",
+        f"norm {record['grad_norm']:.2f}",
+        f"lr {record['lr']:.2e}",
+        f"{_count(record['tokens_per_second'])} tok/s",
+    ]
+    if "mfu" in record:
+        parts.append(f"mfu {100 * record['mfu']:.1f}%")
+    parts.append(f"left {timedelta(seconds=round(record['seconds_left']))}")
+    return "  ".join(parts)
+
+
+def eval_line(record: dict, steps: int) -> str:
+    """One line for an evaluation on held-out text."""
+    return "  ".join([
+        f"eval {record['step']:>{len(f'{steps:,}')},}/{steps:,}",
+        f"mlm {record['mlm_loss']:.3f}",
+        f"accuracy {100 * record['mlm_accuracy']:.1f}%",
+        f"sampled {100 * record['sampled_accuracy']:.1f}%",
+        f"disc {record['disc_loss']:.4f} (H {record['prior_loss']:.4f}, gain"
+        f" {100 * record['gain']:.1f}%)",
+        f"fake {100 * record['fake_rate']:.1f}%",
+        f"auc {record['auc']:.3f}",
+        f"precision {record['precision']:.2f}",
+        f"recall {record['recall']:.2f}",
+    ])  # fmt: skip
+
+
+def _count(value: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _json_value(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut(path: Path, step: int) -> list[dict]:
+    """The records up to `step`; what an interrupted run wrote beyond it is removed."""
+    if not path.exists():
+        return []
+    lines, records = path.read_text(encoding="utf-8").splitlines(), []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut short when the run was
+            continue
+        if record["step"] <= step:
+            records.append(record)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    temporary.replace(path)
+    return records
+
+
+def _tensorboard(run: Path, step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:  # the package is optional
+        return None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(run: Path, config: Config):
+    import wandb
+
+    wandb.init(
+        project=config.training.wandb_project, name=run.name, dir=run, config=config.to_dict()
+    )
+    return wandb

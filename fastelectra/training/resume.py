@@ -1,0 +1,106 @@
+"""Where a run starts: from nothing, from given weights, or where the same command left off."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from torch import nn
+
+from fastelectra.config import Config
+from fastelectra.data.shards import Corpus
+from fastelectra.data.stream import Position
+from fastelectra.errors import FastElectraError
+from fastelectra.training import checkpoint
+
+# What decides the batches and what they are trained on; all else may change between two commands.
+FIXED_SECTIONS = ("model", "data")
+FIXED_FIELDS = ("training.seed", "training.micro_batch_tokens")
+FREE_FIELDS = ("data.path", "training.output_dir")  # folders may move; the fingerprint tells
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state that training begins with."""
+
+    step: int = 0  # updates made so far
+    position: Position = field(default_factory=Position)  # of the next batch
+    folder: Path | None = None  # checkpoint to read the weights from
+    resumes: bool = False  # with optimizer state: the same run goes on
+    notes: tuple[str, ...] = ()  # what the user should know
+
+
+def find_start(config: Config, corpus: Corpus) -> Start:
+    """The newest complete checkpoint of the run, else `training.init_from`, else step 0.
+
+    Raises FastElectraError when the checkpoint does not fit the configuration or the corpus.
+    """
+    found = checkpoint.complete_checkpoints(Path(config.training.output_dir))
+    if found:
+        return _resumed(found[-1], config, corpus)
+    if config.training.init_from:
+        folder = checkpoint.resolve(config.training.init_from)
+        _check_vocabulary(folder, corpus)
+        return Start(folder=folder, notes=(f"weights from {folder}",))
+    return Start()
+
+
+def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
+    state = checkpoint.read_state(folder)
+    before, now = _flat(state["config"]), _flat(config.to_dict())
+    changed = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
+    for name in changed:
+        if name in FIXED_FIELDS or name.partition(".")[0] in FIXED_SECTIONS:
+            raise FastElectraError(
+                f"{config.training.output_dir} was trained with {name} = {before.get(name)}, now it"
+                f" is {now[name]}: put it back, or start anew in another training.output_dir"
+            )
+    if state["fingerprint"] != corpus.fingerprint:
+        raise FastElectraError(
+            f"{corpus.path} was prepared with another tokenizer or other settings than the data of"
+            f" {folder}: use that data, or start anew in another training.output_dir"
+        )
+    notes = [f"resuming from {folder}"]
+    notes += [f"changed: {name} from {before.get(name)} to {now[name]}" for name in changed]
+    position = Position.from_dict(state["position"])
+    return Start(state["step"], position, folder, resumes=True, notes=tuple(notes))
+
+
+def _flat(config: dict) -> dict:
+    """{"section.field": value}; the DeepSpeed section counts as sections of its own."""
+    return {f"{section}.{name}": value for section, values in config.items()
+            for name, value in values.items()}  # fmt: skip
+
+
+def _check_vocabulary(folder: Path, corpus: Corpus) -> None:
+    theirs, ours = folder / checkpoint.TOKENIZER, corpus.tokenizer_dir
+    if _vocabulary(theirs) != _vocabulary(ours):
+        raise FastElectraError(
+            f"{corpus.path} was prepared with another tokenizer than {folder}: prepare it with"
+            f" --vocab {theirs / 'tokenizer.json'}"
+        )
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path)).get_vocab()
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise FastElectraError(f"cannot read the tokenizer {path}: {error}") from None
+
+
+def load_weights(model: nn.Module, folder: Path) -> checkpoint.Tensors:
+    """Copy the checkpoint's weights into the model, and return them.
+
+    Raises FastElectraError naming the first parameter that is not of the model's shape.
+    """
+    weights = checkpoint.read_weights(folder)
+    parameters = dict(model.named_parameters())
+    for name in sorted(weights.keys() | parameters.keys()):
+        theirs, ours = (list(t[name].shape) if name in t else None for t in (weights, parameters))
+        if theirs != ours:
+            raise FastElectraError(
+                f"{folder} does not fit the model section of the config: {name} is {theirs} there"
+                f" and {ours} here"
+            )
+        parameters[name].data.copy_(weights[name])
+    return weights
