@@ -1,5 +1,6 @@
 """Which path the ops take, decided here and nowhere else: Triton kernels or plain PyTorch."""
 
+import functools
 import os
 
 import torch
@@ -11,6 +12,8 @@ except ImportError:
 
 BACKENDS = ("auto", "triton", "torch")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when a kernel is defined
+
+CPU_TRITON = INTERPRETED  # whether CPU tensors may take Triton: also while aot.py records
 
 _backend = "auto"
 
@@ -34,7 +37,7 @@ def use_triton(tensor: torch.Tensor) -> bool:
     """Whether an op on `tensor` runs its Triton kernels."""
     if _backend == "torch" or triton is None:
         return False
-    return tensor.is_cuda or (INTERPRETED and _backend == "triton")
+    return tensor.is_cuda or (CPU_TRITON and _backend == "triton")
 
 
 def describe() -> str:
@@ -48,3 +51,21 @@ def describe() -> str:
     if INTERPRETED and _backend == "triton":
         return f"kernels: Triton {triton.__version__}, interpreted on the CPU"
     return "kernels: PyTorch (no CUDA device; the Triton kernels need one)"
+
+
+def operation(name: str):
+    """Register a function of tensors as the custom op fastelectra::name, for torch.compile.
+
+    Its tensors reach it contiguous, with their device the current one.
+    """
+
+    def register(function):
+        @functools.wraps(function)
+        def prepared(*arguments):
+            tensors = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with torch.cuda.device_of(arguments[0]):
+                return function(*tensors)
+
+        return torch.library.custom_op(f"fastelectra::{name}", prepared, mutates_args=())
+
+    return register

@@ -1,7 +1,171 @@
-"""LayerNorm(dropout(x + x_bias) + residual), the end of each half of a post-LN layer."""
+"""LayerNorm(dropout(x + x_bias) + residual), the end of each half of a post-LN layer.
+
+Separate operations move ten [T, H] tensors forward and more backward. Here forward reads x and the
+residual and writes y, backward reads both again with dy and writes their gradients: 3 and 5. Nothing
+but a mean and a scale a row is kept for backward, which draws the dropout mask again from the seed.
+The three parameter gradients are summed in registers over the rows of a program, then over the
+programs, always in the same order.
+"""
 
 import torch
 import torch.nn.functional as F
+
+from .dispatch import operation, use_triton
+from .language import (
+    PROGRAMS,
+    column_sums,
+    dropout,
+    dropout_threshold,
+    jit,
+    row_blocks,
+    tl,
+    upcast,
+)
+
+
+@jit
+def _sum_before_norm(
+    x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows,
+    H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """dropout(x + x_bias) + residual of rows row [R]; where it lies; what of it exists."""
+    column = tl.arange(0, BH)
+    at = row.to(tl.int64)[:, None] * H + column[None, :]
+    inside = (row < rows)[:, None] & (column < H)[None, :]
+    x = upcast(tl.load(x_ptr + at, inside, 0.0))
+    x += upcast(tl.load(x_bias_ptr + column, column < H, 0.0))[None, :]
+    x = dropout(x, seed_ptr, row, R, BH, THRESHOLD)
+    return x + upcast(tl.load(residual_ptr + at, inside, 0.0)), at, inside
+
+
+@jit
+def _forward(
+    x_ptr, x_bias_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.arange(0, BH)
+    z, at, inside = _sum_before_norm(
+        x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
+    )
+    mean = tl.sum(tl.where(inside, z, 0.0), 1) / H
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + EPS)
+    weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
+    bias = upcast(tl.load(bias_ptr + column, column < H, 0.0))
+    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+    tl.store(mean_ptr + row, mean, row < rows)
+    tl.store(rstd_ptr + row, rstd, row < rows)
+
+
+@jit
+def _backward(
+    dy_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dx_ptr, d_residual_ptr, sums_ptr,
+    rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BH)
+    weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
+    d_x_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    d_weight = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    d_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        row = start + tl.arange(0, R)
+        z, at, inside = _sum_before_norm(
+            x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
+        )
+        dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
+        rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
+        normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
+        normed = tl.where(inside, normed, 0.0)
+        scaled = dy * weight[None, :]
+        along = tl.sum(scaled * normed, 1)[:, None] / H
+        dz = (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd
+        dx = dropout(dz, seed_ptr, row, R, BH, THRESHOLD)
+        tl.store(d_residual_ptr + at, dz.to(d_residual_ptr.dtype.element_ty), inside)
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
+        d_x_bias += dx
+        d_weight += dy * normed
+        d_bias += dy
+    sums_ptr += tl.program_id(0) * 3 * H + column
+    tl.store(sums_ptr, tl.sum(d_x_bias, 0), column < H)
+    tl.store(sums_ptr + H, tl.sum(d_weight, 0), column < H)
+    tl.store(sums_ptr + 2 * H, tl.sum(d_bias, 0), column < H)
+
+
+@operation("dropout_add_layer_norm")
+def forward(
+    x: torch.Tensor,
+    x_bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ y [T, H], mean [T], 1/deviation [T]."""
+    outputs = _forward_outputs(x)
+    constants, warps = row_blocks(x.shape[1])
+    grid = (-(-x.shape[0] // constants["R"]),)
+    _forward[grid](
+        x, x_bias, residual, weight, bias, seed, *outputs, x.shape[0],
+        THRESHOLD=dropout_threshold(p), EPS=eps, **constants, num_warps=warps,
+    )  # fmt: skip
+    return outputs
+
+
+def _forward_outputs(x, *_):
+    rows = x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+    return x.new_empty(x.shape), rows, torch.empty_like(rows)
+
+
+@operation("dropout_add_layer_norm_backward")
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    x_bias: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ gradients of x [T, H] and residual [T, H]; of x_bias, weight and bias as one [3, H]."""
+    dx, d_residual = x.new_empty(x.shape), x.new_empty(x.shape)
+    constants, warps = row_blocks(x.shape[1])
+    programs = min(PROGRAMS, -(-x.shape[0] // constants["R"]))
+    sums = mean.new_empty(programs, 3, x.shape[1])
+    _backward[(programs,)](
+        dy, x, x_bias, residual, weight, seed, mean, rstd, dx, d_residual, sums, x.shape[0],
+        THRESHOLD=dropout_threshold(p), **constants, num_warps=warps,
+    )  # fmt: skip
+    return dx, d_residual, column_sums(sums, torch.promote_types(x_bias.dtype, weight.dtype))
+
+
+@backward.register_fake
+def _(dy, x, x_bias, residual, weight, *_):
+    sums = x.new_empty(3, x.shape[1], dtype=torch.promote_types(x_bias.dtype, weight.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape), sums
+
+
+def _save(ctx, inputs, output):
+    x, x_bias, residual, weight, _, ctx.p, seed, _ = inputs
+    ctx.save_for_backward(x, x_bias, residual, weight, seed, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, dy, *_):
+    dx, d_residual, sums = backward(dy, *ctx.saved_tensors, ctx.p)
+    d_x_bias, d_weight, d_bias = sums.unbind()
+    return dx, d_x_bias, d_residual, d_weight, d_bias, None, None, None
+
+
+forward.register_fake(_forward_outputs)
+forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def dropout_add_layer_norm(
@@ -18,7 +182,10 @@ def dropout_add_layer_norm(
 
     weight, bias [H]: of the LayerNorm. p: dropped share, 0 = none. seed [1] int64: of the mask.
     """
-    return dropout_add_layer_norm_reference(x, x_bias, residual, weight, bias, p, seed, eps)
+    arguments = x, x_bias, residual, weight, bias, p, seed, eps
+    if use_triton(x):
+        return forward(*arguments)[0]
+    return dropout_add_layer_norm_reference(*arguments)
 
 
 def dropout_add_layer_norm_reference(x, x_bias, residual, weight, bias, p, seed, eps=1e-12):

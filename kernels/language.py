@@ -1,0 +1,109 @@
+"""Triton for the op files, importable where triton is absent, and the blocks they share."""
+
+from types import SimpleNamespace
+
+import torch
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # the kernels are then never called
+    tl = SimpleNamespace(constexpr=lambda value: value)
+
+    def jit(function):
+        """Leave the function as it is."""
+        return function
+
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp four
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
+PHILOX_ROUNDS = tl.constexpr(7)  # passes the statistical tests that 10 pass (Salmon et al. 2011)
+ELEMENTS = 2048  # of a block of whole rows: 16 bytes or more per thread and load
+PROGRAMS = 264  # that share the rows where each keeps sums over its own: two for an H100's SM
+
+
+@jit
+def upcast(x):
+    """The type to compute in: fp32, or fp64 as it is."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@jit
+def normal(x, EXACT: tl.constexpr):
+    """Φ(x) and φ(x), the normal distribution and its density.
+
+    Not EXACT: Abramowitz & Stegun 26.2.17, off by less than 7.5e-8, in half the instructions of
+    erf; enough where the result is stored in 16 bits.
+    """
+    density = INVERSE_SQRT_TAU * tl.exp2(x * x * (-0.5 * LOG2_E))
+    if EXACT:
+        return 0.5 + 0.5 * tl.erf(x * SQRT_HALF), density
+    root = tl.rsqrt(1 + 0.2316419 * tl.abs(x))
+    t = root * root  # one instruction more than rsqrt; a division takes seven
+    tail = 1.330274429 * t - 1.821255978
+    tail = ((tail * t + 1.781477937) * t - 0.356563782) * t + 0.319381530
+    tail = tail * t * density
+    return tl.where(x > 0, 1 - tail, tail), density
+
+
+@jit
+def gelu(x, EXACT: tl.constexpr):
+    """x · Φ(x)."""
+    return x * normal(x, EXACT)[0]
+
+
+@jit
+def gelu_slope(x, EXACT: tl.constexpr):
+    """Φ(x) + x · φ(x), the derivative of gelu."""
+    distribution, density = normal(x, EXACT)
+    return distribution + x * density
+
+
+@jit
+def dropout(x, seed_ptr, row, R: tl.constexpr, BH: tl.constexpr, THRESHOLD: tl.constexpr):
+    """x [R, BH], the elements of rows row [R], where a random 32-bit number ≥ THRESHOLD, else 0.
+
+    What is kept is scaled so that the mean stays.
+
+    Four neighbouring columns share one Philox call, whose counter is row · BH/4 + column // 4: the
+    mask depends on seed, row and column only, and backward draws it again instead of reading it.
+    """
+    if THRESHOLD == 0:
+        return x
+    counter = row[:, None] * (BH // 4) + tl.arange(0, BH // 4)[None, :]
+    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counter, PHILOX_ROUNDS)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, BH))
+    return tl.where(bits >= THRESHOLD, x * (4294967296 / (4294967296 - THRESHOLD)), 0.0)
+
+
+def dropout_threshold(p: float) -> int:
+    """THRESHOLD of `dropout` for a dropped share p."""
+    return int(p * 2**32)
+
+
+def row_blocks(width: int) -> tuple[dict, int]:
+    """Constants BH (columns, a power of two) and R (rows) of a block of whole rows, and warps."""
+    columns = max(16, 1 << (width - 1).bit_length())
+    rows = max(1, ELEMENTS // columns)
+    return {"H": width, "BH": columns, "R": rows}, 4 if columns <= 512 else 8
+
+
+@jit
+def _column_sums(x_ptr, sums_ptr, rows, columns, BR: tl.constexpr, BC: tl.constexpr):
+    column = tl.program_id(0) * BC + tl.arange(0, BC)
+    total = tl.zeros([BR, BC], x_ptr.dtype.element_ty)
+    for start in range(0, rows, BR):
+        row = start + tl.arange(0, BR)
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        total += tl.load(x_ptr + row[:, None] * columns + column[None, :], inside, 0.0)
+    sums = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
+    tl.store(sums_ptr + column, sums, column < columns)
+
+
+def column_sums(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Sums [...] over the first dimension of x [N, ...], always in the same order."""
+    sums = x.new_empty(x.shape[1:], dtype=dtype)
+    grid = (-(-sums.numel() // 32),)
+    _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=64, BC=32, num_warps=4)
+    return sums
