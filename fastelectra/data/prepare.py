@@ -2,68 +2,293 @@
 
 import argparse
 import hashlib
-from itertools import chain
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from fastelectra.data import vocabulary
-from fastelectra.data.shards import LINES_DTYPE, Manifest, ShardEntry, file_sha256
-from fastelectra.data.sources import read_documents
+from fastelectra.data import demo, vocabulary
+from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_order, make_chunks
+from fastelectra.data.progress import Progress
+from fastelectra.data.shards import FORMAT, Corpus, Manifest, file_sha256
+from fastelectra.data.sources import Reader, Source, find_sources
+from fastelectra.data.writer import ShardWriter
+from fastelectra.errors import FastElectraError
+
+SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
+SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
+_GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("inputs", nargs="+", metavar="INPUT")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--vocab-size", type=int, default=30522, metavar="N")
-    parser.add_argument("--heldout-fraction", type=float, default=0.01, metavar="SHARE")
+    """The command line of `prepare`."""
+    add = parser.add_argument
+    add(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="files, folders or globs of .txt, .jsonl or .parquet, each also .gz or .zst",
+    )
+    add("--demo", action="store_true", help="fetch and prepare the demo text (17 MB)")
+    add("--out", metavar="DIR", help="folder to make (with --demo: data/demo)")
+    documents = parser.add_mutually_exclusive_group()
+    documents.add_argument(
+        "--one-document-per-file",
+        dest="documents",
+        action="store_const",
+        const="file",
+        default="blank-line",
+        help="a .txt file is one document (else blank lines separate them)",
+    )
+    documents.add_argument(
+        "--one-document-per-line",
+        dest="documents",
+        action="store_const",
+        const="line",
+        help="each line of a .txt file is a document",
+    )
+    add(
+        "--field",
+        default="text",
+        metavar="NAME",
+        help="of .jsonl and .parquet records: where the text is (default: text)",
+    )
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument("--vocab", metavar="FILE", help="use this vocab.txt or tokenizer.json")
+    words.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="train a WordPiece vocabulary of N entries (default: 30522, demo 8192)",
+    )
+    add("--cased", action="store_true", help="keep upper case, and accents (default: lower case)")
+    add("--keep-accents", action="store_true", help="lower case, but keep accents")
+    add(
+        "--heldout-fraction",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="of the documents are kept for evaluation (default: 0.01)",
+    )
+    add("--workers", type=int, default=_cores(), metavar="N",
+        help="processes; the result does not depend on it (default: one a core)")  # fmt: skip
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(args: argparse.Namespace) -> int:
-    files, out = [Path(name) for name in args.inputs], Path(args.out)
-    out.mkdir(parents=True)
-    texts = ("\n".join(lines) for lines in read_documents(files))
-    vocabulary.write(vocabulary.train(texts, args.vocab_size, True, True), out / "tokenizer")
-    tokenizer = vocabulary.load_for_encoding(out / "tokenizer")
-    vocab_size = tokenizer.get_vocab_size()
-    width = 2 if vocab_size <= 65535 else 4
-    names = {"train": "train-00000", "heldout": "heldout-00000"}
-    documents = dict.fromkeys(names, 0)
-    files_open = {
-        (split, suffix): open(out / f"{name}.{suffix}", "wb")  # noqa: SIM115
-        for split, name in names.items()
-        for suffix in ("tokens", "lines")
-    }
-    for number, lines in enumerate(read_documents(files)):
-        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
-        share = int.from_bytes(digest, "little") / 2**64
-        heldout = number == 1 or (number > 1 and share < args.heldout_fraction)
-        split = "heldout" if heldout else "train"
-        ids = [e.ids for e in tokenizer.encode_batch_fast(lines, add_special_tokens=False)]
-        tokens = np.fromiter(chain.from_iterable(ids), f"<u{width}")
-        lengths = np.array([len(line) for line in ids if line] + [0], LINES_DTYPE)
-        files_open[split, "tokens"].write(tokens.tobytes())
-        files_open[split, "lines"].write(lengths.tobytes())
-        documents[split] += 1
-    for file in files_open.values():
-        file.close()
-    shards = []
-    for split, name in names.items():
-        paths = {suffix: out / f"{name}.{suffix}" for suffix in ("tokens", "lines")}
-        shards.append(
-            ShardEntry(
-                split,
-                name,
-                documents[split],
-                paths["lines"].stat().st_size // 4,
-                paths["tokens"].stat().st_size // width,
-                {suffix: file_sha256(path) for suffix, path in paths.items()},
-            )  # fmt: skip
-        )
-    settings: dict = {}
-    fingerprint = hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest()
-    Manifest(
-        fingerprint, vocab_size, vocabulary.special_tokens(out / "tokenizer"), width, settings,
-        {}, shards,
-    ).write(out / "manifest.json")  # fmt: skip
+    """Prepare a corpus; FastElectraError for anything the user can mend."""
+    _check(args)
+    out = Path(args.out or "data/demo")
+    sources = find_sources([str(demo.demo_text())] if args.demo else args.inputs)
+    if not sum(source.size for source in sources):
+        raise FastElectraError(f"{sources[0].path}: the input is empty")
+    settings = _settings(args, sources)
+    if _is_done(out, settings):
+        print(f"{out} is prepared already", file=sys.stderr)
+        return 0
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.workers > 1 else "false"
+    partial = _partial_folder(out, settings)
+    try:
+        manifest = _prepare(args, sources, settings, partial)
+        os.replace(partial, out)
+    except KeyboardInterrupt:
+        print(f"\nthe same command goes on with {partial}", file=sys.stderr)
+        raise
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _report(out, manifest)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.demo and args.inputs:
+        raise FastElectraError("--demo brings its own text: leave out INPUT, or --demo")
+    if not args.demo and not args.inputs:
+        raise FastElectraError("give INPUT files or folders to prepare, or --demo")
+    if not args.out and not args.demo:
+        raise FastElectraError("--out DIR is missing: the folder to make")
+    if not 0 <= args.heldout_fraction < 1:
+        raise FastElectraError(f"--heldout-fraction {args.heldout_fraction}: must be in [0, 1)")
+    if args.workers < 1:
+        raise FastElectraError(f"--workers {args.workers}: must be at least 1")
+    if args.vocab and not Path(args.vocab).is_file():
+        raise FastElectraError(f"--vocab {args.vocab}: no such file")
+    if args.vocab and args.vocab.endswith(".json") and (args.cased or args.keep_accents):
+        raise FastElectraError(
+            f"{args.vocab} itself says how text is normalised: leave out --cased, --keep-accents"
+        )
+
+
+def _settings(args: argparse.Namespace, sources: list[Source]) -> dict:
+    """All that decides the result: contents of the input, and options."""
+    with ThreadPoolExecutor(args.workers) as pool:
+        digests = list(pool.map(file_sha256, (source.path for source in sources)))
+    root = os.path.commonpath([source.path.resolve().parent for source in sources])
+    inputs = [
+        {
+            "name": source.path.resolve().relative_to(root).as_posix(),
+            "bytes": source.size,
+            "sha256": digest,
+        }
+        for source, digest in zip(sources, digests, strict=True)
+    ]
+    words: dict = {"lowercase": not args.cased, "strip_accents": not _keeps_accents(args)}
+    if args.vocab:
+        words = {} if args.vocab.endswith(".json") else words
+        words["sha256"] = file_sha256(Path(args.vocab))
+    else:
+        words["size"] = args.vocab_size or (demo.VOCAB_SIZE if args.demo else 30522)
+    return {
+        "inputs": inputs,
+        "documents": args.documents,
+        "field": args.field,
+        "vocabulary": words,
+        "heldout_fraction": args.heldout_fraction,
+    }
+
+
+def _keeps_accents(args: argparse.Namespace) -> bool:
+    return args.cased or args.keep_accents
+
+
+def _is_done(out: Path, settings: dict) -> bool:
+    """Whether `out` holds this very corpus; FastElectraError when it holds something else."""
+    if (out / "manifest.json").is_file():
+        manifest = Manifest.read(out / "manifest.json")
+        if manifest.settings != settings:
+            changed = [name for name in settings if manifest.settings.get(name) != settings[name]]
+            raise FastElectraError(
+                f"{out} was prepared from other input or settings ({', '.join(changed)}): choose"
+                " another --out, or delete it"
+            )
+        Corpus(out, manifest).check_sizes()
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FastElectraError(f"{out} exists and is not a prepared corpus: choose another --out")
+    return False
+
+
+def _partial_folder(out: Path, settings: dict) -> Path:
+    """The folder beside `out` to work in; what another job left there is removed."""
+    partial = out.with_name(f"{out.name}.partial")
+    note, text = partial / "settings.json", json.dumps(settings)
+    if partial.exists() and not (note.is_file() and note.read_text() == text):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+    return partial
+
+
+def _prepare(
+    args: argparse.Namespace, sources: list[Source], settings: dict, folder: Path
+) -> Manifest:
+    if not (folder / "tokenizer").exists():
+        vocabulary.write(_make_tokenizer(args, sources, settings), folder / "tokenizer.new")
+        os.replace(folder / "tokenizer.new", folder / "tokenizer")
+    tokenizer = vocabulary.load(folder / "tokenizer")
+    size = tokenizer.get_vocab_size()
+    dtype = np.dtype("<u2" if size <= 65535 else "<u4")
+    text_bytes = sum(source.text_bytes for source in sources)
+    train = -(-text_bytes // SHARD_BYTES)
+    heldout = -(-int(text_bytes * args.heldout_fraction) // SHARD_BYTES)
+    writer = ShardWriter(folder, ["train"] * train + ["heldout"] * heldout, dtype)
+
+    reader = Reader(sources, args.documents, args.field)
+    chunks = make_chunks(reader, _placement(train, heldout, args.heldout_fraction))
+    workers = max(1, min(args.workers, text_bytes // WORKER_BYTES))
+    with Progress("encoding", sum(source.size for source in sources)) as progress:
+        todo = islice(chunks, writer.chunks, None)
+        for encoded in encode_in_order(todo, folder / "tokenizer", dtype, workers):
+            writer.add(encoded)
+            progress.update(reader.bytes_read)
+    shards, counts = writer.finish()
+    if not any(shard.tokens for shard in shards):
+        raise FastElectraError(f"{sources[0].path}: there is no text in the input")
+    tokenizer_json = (folder / "tokenizer/tokenizer.json").read_bytes()
+    described = json.dumps([FORMAT, settings], sort_keys=True).encode()
+    manifest = Manifest(
+        fingerprint=hashlib.sha256(described + tokenizer_json).hexdigest(),
+        tokenizer_fingerprint=hashlib.sha256(tokenizer_json).hexdigest(),
+        vocab_size=size,
+        special_tokens=asdict(vocabulary.SpecialTokens.of(tokenizer, "the tokenizer")),
+        token_bytes=dtype.itemsize,
+        settings=settings,
+        counts=counts,
+        shards=shards,
+    )
+    (folder / "settings.json").unlink()
+    manifest.write(folder / "manifest.json")
+    return manifest
+
+
+def _make_tokenizer(args: argparse.Namespace, sources: list[Source], settings: dict):
+    style = not args.cased, not _keeps_accents(args)
+    if args.vocab:
+        return vocabulary.read(Path(args.vocab), *style)
+    reader = Reader(sources, args.documents, args.field)
+    share = SAMPLE_BYTES / sum(source.text_bytes for source in sources)
+    with Progress("reading for the vocabulary", sum(source.size for source in sources)) as progress:
+        texts = list(_sample(reader, share, lambda: progress.update(reader.bytes_read)))
+    return vocabulary.train(texts, settings["vocabulary"]["size"], *style)
+
+
+def _sample(lines: Iterable[str | None], share: float, report: Callable[[], None]) -> Iterator[str]:
+    """About this share of the lines, evenly spread, in blocks; at most twice SAMPLE_BYTES."""
+    block: list[str] = []
+    size = total = 0
+    for number, line in enumerate(line for line in lines if line is not None):
+        if number * _GOLDEN % 2**64 > share * 2**64:
+            continue
+        block.append(line)
+        size += len(line)
+        if size >= CHUNK_CHARACTERS:
+            yield "\n".join(block)
+            report()
+            total += size
+            block, size = [], 0
+            if total >= 2 * SAMPLE_BYTES:
+                return
+    yield "\n".join(block)
+
+
+def _placement(train: int, heldout: int, fraction: float) -> Callable[[int, list[str]], int]:
+    """The shard of a document by its running number and text: train shards, then held-out ones.
+
+    A document is held out by a hash of its text, so that its copies are too. The first document
+    never is and the second always, so that neither split of a small corpus is empty.
+    """
+
+    def shard_of(number: int, lines: list[str]) -> int:
+        place = _hash(str(number).encode())
+        is_heldout = number == 1 or (
+            number > 1 and _hash("\n".join(lines).encode()) < fraction * 2**64
+        )
+        return train + place % heldout if heldout and is_heldout else place % train
+
+    return shard_of
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _report(out: Path, manifest: Manifest) -> None:
+    counts = manifest.counts
+    heldout = sum(shard.documents for shard in manifest.shards if shard.split == "heldout")
+    print(
+        f"{out}: {counts['documents']:,} documents ({heldout:,} held out),"
+        f" {counts['tokens']:,} tokens ({counts['unknown'] / counts['tokens']:.2%} unknown),"
+        f" vocabulary {manifest.vocab_size:,}",
+        file=sys.stderr,
+    )

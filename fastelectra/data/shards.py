@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fastelectra.data.encoding import LINES_DTYPE
 from fastelectra.data.vocabulary import SpecialTokens
 from fastelectra.errors import FastElectraError
 
 FORMAT = 1
-LINES_DTYPE = np.dtype("<u4")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class ShardEntry:
 class Manifest:
     """What manifest.json holds."""
 
-    fingerprint: str  # of tokenizer and settings
+    fingerprint: str  # of tokenizer, settings and input
+    tokenizer_fingerprint: str
     vocab_size: int
     special_tokens: dict[str, int]
     token_bytes: int  # 2 or 4
@@ -86,6 +87,7 @@ class Corpus:
         self.vocab_size = manifest.vocab_size
         self.special = SpecialTokens(**manifest.special_tokens)
         self.fingerprint = manifest.fingerprint
+        self.tokenizer_fingerprint = manifest.tokenizer_fingerprint
         self.tokenizer_dir = path / "tokenizer"
 
     def split(self, name: str) -> list[Shard]:
@@ -130,7 +132,7 @@ def open_corpus(path: str | Path) -> Corpus:
     """Open what `fastelectra prepare … --out PATH` wrote; FastElectraError if it is not there."""
     if not str(path):
         raise FastElectraError(
-            "data.path is not set: give the folder that `fastelectra prepare INPUT… --out DIR` wrote"
+            "data.path is not set: give the folder that `fastelectra prepare INPUT… --out DIR` made"
         )
     path = Path(path)
     if not (path / "manifest.json").is_file():
@@ -141,6 +143,11 @@ def open_corpus(path: str | Path) -> Corpus:
     corpus = Corpus(path, Manifest.read(path / "manifest.json"))
     corpus.check_sizes()
     return corpus
+
+
+def shard_name(split: str, number: int) -> str:
+    """Of a shard's files, without suffix."""
+    return f"{split}-{number:05d}"
 
 
 def file_sha256(path: Path) -> str:

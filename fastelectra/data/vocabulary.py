@@ -1,8 +1,9 @@
 """The WordPiece tokenizer: trained from text or read from a file, written for Hugging Face."""
 
 import json
+import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokenizers import (
     trainers,
 )
 
+from fastelectra.data.words import LineEncoder, SpacingTable
 from fastelectra.errors import FastElectraError
 
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
@@ -33,7 +35,7 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, source: str) -> "SpecialTokens":
-        """FastElectraError naming `source` when one of [PAD] [UNK] [CLS] [SEP] [MASK] is missing."""
+        """FastElectraError naming `source` when one of the five is missing."""
         ids = {name: tokenizer.token_to_id(token) for name, token in _SPECIAL.items()}
         missing = [_SPECIAL[name] for name, number in ids.items() if number is None]
         if missing:
@@ -53,12 +55,12 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     The trainer numbers the continuation pieces (##x) in the order of a randomly seeded hash table
     and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers.
     """
-    normalizer = _normalizer(lowercase, strip_accents)
-    texts = [normalizer.normalize_str(text) for text in texts]
-    alphabet, continuing = _characters(texts)
+    spacing = SpacingTable(_normalizer(lowercase, strip_accents), pre_tokenizers.BertPreTokenizer())
+    texts = [text.translate(spacing) for text in texts]
+    alphabet, inside = _characters(texts)
     if not alphabet:
         raise FastElectraError("the input has no words to train a vocabulary from")
-    known = [*_SPECIAL.values(), *alphabet, *(f"##{character}" for character in continuing)]
+    known = [*_SPECIAL.values(), *alphabet, *(f"##{character}" for character in inside)]
     if size < len(known):
         raise FastElectraError(
             f"--vocab-size {size} is too small: special tokens and single characters of this text"
@@ -69,7 +71,7 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
         initial_alphabet=alphabet, show_progress=False,
     )  # fmt: skip
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     learner.train_from_iterator(texts, trainer)
     ids = learner.get_vocab()
     return build(sorted(ids, key=ids.get), lowercase, strip_accents)
@@ -77,21 +79,16 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
 
 def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
     """The most frequent characters of words, and those of them seen inside a word; sorted."""
-    counts = np.zeros(0x110000, np.int64)
-    codes = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in texts]
-    for code in codes:
-        counts += np.bincount(code, minlength=len(counts))
-    splitter = pre_tokenizers.BertPreTokenizer()
-    seen = np.flatnonzero(counts)
-    pieces = np.zeros(len(counts), np.int8)  # that the splitter makes of a?a: 2 for a space
-    pieces[seen] = [len(splitter.pre_tokenize_str(f"a{chr(code)}a")) for code in seen]
-    seen = seen[pieces[seen] != 2]
-    kept = seen[np.lexsort((seen, -counts[seen]))][:ALPHABET_LIMIT]
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
     inside = np.zeros(len(counts), bool)
-    for code in codes:
-        word = pieces[code] == 1
-        inside[code[1:][word[1:] & word[:-1]]] = True
-    kept.sort()
+    space = ord(" ")
+    for text in texts:
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        counts += np.bincount(codes, minlength=len(counts))
+        inside[codes[1:][codes[:-1] != space]] = True
+    counts[space] = 0
+    seen = np.flatnonzero(counts)
+    kept = np.sort(seen[np.lexsort((seen, -counts[seen]))][:ALPHABET_LIMIT])
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
 
 
@@ -179,14 +176,11 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_for_encoding(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, taking the text "[MASK]" for text, not for the special token."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+def load(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder."""
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def special_tokens(folder: Path) -> dict[str, int]:
-    """The special tokens of a tokenizer folder, as a manifest states them."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return asdict(SpecialTokens.of(tokenizer, str(folder)))
+def line_encoder(tokenizer: Tokenizer) -> LineEncoder:
+    """What turns lines of text into token ids."""
+    return LineEncoder(tokenizer, set(_SPECIAL.values()))
