@@ -2,6 +2,7 @@
 discriminate → loss. `Electra.forward` is section 2 of the paper, line by line."""
 
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -114,9 +115,10 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Siz
 @torch.no_grad()
 def initialize(electra: nn.Module) -> None:
     """Tables and matrices: normal, σ .02, cut at 2 σ (BERT's). Biases 0, LayerNorm weights 1."""
+    within = math.erf(2 / math.sqrt(2))  # the share of a normal distribution within 2 σ
     for name, parameter in electra.named_parameters():
         if parameter.ndim == 2:
-            nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+            parameter.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2))
         elif name.endswith("norm_weight"):
             nn.init.ones_(parameter)
         else:
