@@ -14,6 +14,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from fastelectra import errors
 from fastelectra.config import load_config
+from fastelectra.data.shards import open_corpus
 from fastelectra.training import launch
 
 
@@ -32,16 +33,16 @@ def run(args: argparse.Namespace) -> int:
     process = launch.prepare()
     with launch.one_voice(process):
         config = load_config(args.config, args.set)
+        launch.accumulation(config, process)
+        corpus = open_corpus(config.data.path)
 
-        # torch and DeepSpeed read the environment that launch.prepare has set
-        from fastelectra.data.shards import open_corpus
+        # after all that can be checked without them; they read what launch.prepare has set
         from fastelectra.training.engine import plan_engine
         from fastelectra.training.loop import Trainer
         from fastelectra.training.opening import opening
         from fastelectra.training.report import check_outputs
         from fastelectra.training.resume import find_start
 
-        corpus = open_corpus(config.data.path)
         plan = plan_engine(config, process)
         start = find_start(config, corpus)
         if start.step >= config.training.steps:

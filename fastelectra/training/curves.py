@@ -8,33 +8,33 @@ from matplotlib.figure import Figure
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, ORANGE, GREEN, PURPLE = "#2563eb", "#ea580c", "#059669", "#7c3aed"
-STYLE = {"solid_capstyle": "round", "linewidth": 2.0}
+LIGHT = {"alpha": 0.35, "linewidth": 1.2, "marker": ""}
+DASHED = {"linestyle": (0, (3, 2)), "linewidth": 1.6, "marker": ""}
 
 
 def draw(records: list[dict], path: Path, title: str) -> None:
     """Write a PNG from the records of metrics.jsonl; overwrites `path`."""
     train = [record for record in records if record["kind"] == "train"]
     heldout = [record for record in records if record["kind"] == "eval"]
-    judged = heldout or train
     figure = Figure(figsize=(11, 7.2), dpi=150, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
     generator, discriminator, ranking, rates = figure.subplots(2, 2).flat
 
-    _plot(generator, train, "mlm_loss", BLUE, alpha=0.3, linewidth=1.2)
-    _plot(generator, judged, "mlm_loss", BLUE, "held-out" if heldout else "training")
+    _plot(generator, train, "mlm_loss", BLUE, "training", **LIGHT)
+    _plot(generator, heldout, "mlm_loss", BLUE, "held-out")
     _finish(generator, "Generator: masked-token loss", "nats per token")
 
-    _plot(discriminator, train, "disc_loss", ORANGE, alpha=0.3, linewidth=1.2)
-    _plot(discriminator, judged, "prior_loss", FAINT, "H(fake rate)", linestyle=(0, (3, 2)))
-    _plot(discriminator, judged, "disc_loss", ORANGE, "discriminator")
-    steps, low, high = _series(judged, "disc_loss", "prior_loss")
+    _plot(discriminator, heldout, "prior_loss", FAINT, "H(fake rate)", **DASHED)
+    _plot(discriminator, train, "disc_loss", ORANGE, "training", **LIGHT)
+    _plot(discriminator, heldout, "disc_loss", ORANGE, "held-out")
+    steps, low, high = _series(heldout, "disc_loss", "prior_loss")
     below = [a < b for a, b in zip(low, high, strict=True)]
     discriminator.fill_between(steps, low, high, where=below, color=ORANGE, alpha=0.10, linewidth=0)
     _zoom(discriminator, [*low, *high])
-    _finish(discriminator, "Discriminator: loss against the best guess", "nats per token")
+    _finish(discriminator, "Discriminator: loss, and that of a constant guess", "nats per token")
 
     for name, color in (("auc", GREEN), ("precision", PURPLE), ("recall", BLUE)):
-        _plot(ranking, judged, name, color, {"auc": "AUC"}.get(name, name))
+        _plot(ranking, heldout, name, color, {"auc": "AUC"}.get(name, name))
     ranking.set_ylim(0, 1.02)
     _finish(ranking, "Discriminator: finding the replaced tokens", "")
 
@@ -43,7 +43,7 @@ def draw(records: list[dict], path: Path, title: str) -> None:
         ("sampled_accuracy", PURPLE, "its sampled token is right"),
         ("fake_rate", ORANGE, "replaced tokens among all"),
     ):
-        _plot(rates, judged, name, color, label)
+        _plot(rates, heldout, name, color, label)
     rates.set_ylim(bottom=0)
     rates.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     _finish(rates, "Generator: accuracy, and the fakes it makes", "")
@@ -60,11 +60,11 @@ def _series(records: list[dict], *names: str) -> list[list[float]]:
     return [[math.nan if value is None else value for value in column] for column in columns]
 
 
-def _plot(axes: Axes, records: list[dict], name: str, color: str, label: str = "", **style) -> None:
+def _plot(axes: Axes, records: list[dict], name: str, color: str, label: str, **style) -> None:
     steps, values = _series(records, name)
-    marker = "o" if label and len(steps) <= 25 else ""
-    style = {**STYLE, "marker": marker, "markersize": 4, **style}
-    axes.plot(steps, values, color=color, label=label or "_", **style)
+    marker = "o" if len(steps) <= 25 else ""
+    style = {"linewidth": 2.0, "marker": marker, "markersize": 4, **style}
+    axes.plot(steps, values, color=color, label=label, **style)
 
 
 def _zoom(axes: Axes, values: list[float]) -> None:
@@ -77,7 +77,7 @@ def _zoom(axes: Axes, values: list[float]) -> None:
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="semibold", color=INK, pad=10)
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
     axes.set_ylabel(unit, color=FAINT, fontsize=9)
     axes.set_xlabel("step", color=FAINT, fontsize=9)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -87,5 +87,4 @@ def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best", handlelength=1.6)
+    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best", handlelength=1.8)

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +12,7 @@ import torch
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
+from fastelectra.training import launch
 from fastelectra.training.launch import Process
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
 
@@ -19,6 +21,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
 SET_BY = {  # keys of the section that other fields decide
     "train_batch_size": "training.batch_tokens",
@@ -47,13 +50,7 @@ def plan_engine(config: Config, process: Process) -> Plan:
     user = config.deepspeed
     for key in SET_BY.keys() & user.keys():
         raise FastElectraError(f"remove deepspeed.{key}: it is set by {SET_BY[key]}")
-    accumulation, rest = divmod(micro_batches(config), process.world)
-    if rest:
-        raise FastElectraError(
-            f"{process.world} processes cannot share {micro_batches(config)} micro-batches a step"
-            " evenly: make training.batch_tokens a multiple of"
-            f" {process.world} × training.micro_batch_tokens, or start another number of processes"
-        )
+    accumulation = launch.accumulation(config, process)
     if user.get("gradient_accumulation_steps", accumulation) != accumulation:
         raise FastElectraError(
             f"deepspeed.gradient_accumulation_steps = {user['gradient_accumulation_steps']}, but"
@@ -65,7 +62,6 @@ def plan_engine(config: Config, process: Process) -> Plan:
     section = {
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,  # the trainer reports
-        "zero_allow_untested_optimizer": True,  # PaperAdam
         "zero_force_ds_cpu_optimizer": False,  # with offload too
         **user,
         "train_micro_batch_size_per_gpu": 1,  # a sample, to DeepSpeed, is a micro-batch
@@ -82,20 +78,18 @@ def plan_engine(config: Config, process: Process) -> Plan:
     return Plan(section, precision, why, stage, accumulation, device)
 
 
-def micro_batches(config: Config) -> int:
-    """Forward passes of one step, over all ranks."""
-    return config.training.batch_tokens // config.training.micro_batch_tokens
-
-
 def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSpeedEngine:
     """Join the other ranks and hand the model to DeepSpeed."""
     if plan.device.type == "cpu":  # else it compiles an op that training never uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(plan.device)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = PaperAdam(groups, config.optimizer)
+    if PaperAdam not in ZERO_SUPPORTED_OPTIMIZERS:  # it is element-wise, as torch's own
+        ZERO_SUPPORTED_OPTIMIZERS.append(PaperAdam)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
 
 

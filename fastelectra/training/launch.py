@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
 
 PATIENCE = 10  # seconds that other ranks leave rank 0 to report an error and end the run
@@ -43,8 +44,8 @@ def prepare() -> Process:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
-    if local_world > 1:  # ranks that spin while they wait take the cores from those that work
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin while they wait take the cores from those that work: 10 × on a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
@@ -88,6 +89,23 @@ def _parent_of(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return None
+
+
+def micro_batches(config: Config) -> int:
+    """Forward passes of one step, over all ranks."""
+    return config.training.batch_tokens // config.training.micro_batch_tokens
+
+
+def accumulation(config: Config, process: Process) -> int:
+    """Forward passes of one step on one rank. Raises FastElectraError if ranks cannot share."""
+    total, world = micro_batches(config), process.world
+    if total % world:
+        raise FastElectraError(
+            f"{world} processes cannot share {total} micro-batches a step evenly: make"
+            f" training.batch_tokens a multiple of {world} × training.micro_batch_tokens, or start"
+            " another number of processes"
+        )
+    return total // world
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, portable
 from fastelectra.training.checkpoint import Tensors
-from fastelectra.training.engine import Plan, micro_batches, start_engine
+from fastelectra.training.engine import Plan, start_engine
 from fastelectra.training.flops import flops_per_token, peak_flops
-from fastelectra.training.launch import Process
+from fastelectra.training.launch import Process, micro_batches
 from fastelectra.training.metrics import Meter, collapsed
 from fastelectra.training.report import Report
 from fastelectra.training.resume import Start, load_weights
@@ -42,6 +42,7 @@ class Trainer:
         weights = load_weights(model, start.folder) if start.folder else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = start_engine(model, config, plan)
+        self._check_agreement()
         if start.resumes:
             moments = checkpoint.read_moments(start.folder)
             adam_step = portable.torch_optimizer(self.engine).adam_step(start.step)
@@ -56,6 +57,16 @@ class Trainer:
         shape = BatchShape.of(training.micro_batch_tokens, data.max_length, data.mask_fraction)
         shards, special = self.corpus.split(split), self.corpus.special
         return BatchStream(shards, special, data, shape, self.batches_per_step, training.seed)
+
+    def _check_agreement(self) -> None:
+        """Ranks that do not see the same run folder would go on from different steps."""
+        steps = torch.tensor([self.start.step, -self.start.step], device=self.plan.device)
+        torch.distributed.all_reduce(steps, torch.distributed.ReduceOp.MAX)
+        if steps.sum():
+            raise FastElectraError(
+                f"not all processes see the same checkpoints in {self.run}: training.output_dir"
+                " must be a folder that all machines share"
+            )
 
     def train(self) -> None:
         """Train to the last step, then evaluate and write the last checkpoint."""

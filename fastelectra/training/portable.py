@@ -28,7 +28,10 @@ def gather(engine: DeepSpeedEngine) -> tuple[Tensors, Tensors]:
 
     Moments are named {parameter}.exp_avg and {parameter}.exp_avg_sq.
     """
-    read = _read_whole(engine) if engine.zero_optimization_stage() == 0 else _read_parts
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        _link_states(engine)
+    read = _read_whole(engine) if stage == 0 else _read_parts
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
         weight, *states = read(parameter)
@@ -95,10 +98,18 @@ def _fresh_states(engine: DeepSpeedEngine, buffers: list[torch.Tensor], adam_ste
         torch_optimizer(engine).state[buffer] = state
 
 
+def _link_states(engine: DeepSpeedEngine) -> None:
+    """Stages 1 and 2: let `safe_*` find the optimizer's states.
+
+    DeepSpeed does it after the first update of the first group, when the others have none yet.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def _write_parts(engine: DeepSpeedEngine, adam_step: float):
-    optimizer = engine.optimizer
-    _fresh_states(engine, optimizer.single_partition_of_fp32_groups, adam_step)
-    optimizer._lazy_init_hp_params_optimizer_state()  # lets the functions below find them
+    _fresh_states(engine, engine.optimizer.single_partition_of_fp32_groups, adam_step)
+    _link_states(engine)
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
         safe_set_full_fp32_param(parameter, weight)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
-from fastelectra.training import curves
 
 
 def check_outputs(config: Config) -> None:
@@ -68,6 +67,8 @@ class Report:
 
     def draw(self) -> Path:
         """Draw the learning curves so far; returns the picture's path."""
+        from fastelectra.training import curves  # a second of matplotlib, on this rank only
+
         path = self._run / "curves.png"
         curves.draw(self._records, path, f"Learning curves of {self._run.name}")
         if self._board:
@@ -113,7 +114,7 @@ def eval_line(record: dict, steps: int) -> str:
         f"auc {record['auc']:.3f}",
         f"precision {record['precision']:.2f}",
         f"recall {record['recall']:.2f}",
-    ])  # fmt: skip
+    ]).replace("nan", "–")  # fmt: skip
 
 
 def _count(value: float) -> str:
