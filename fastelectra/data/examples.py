@@ -76,8 +76,12 @@ def cut_examples(lines, max_length, keep_tail, key):
     with probability ½, everything after it to B. What does not fit is the next example's first
     line if `keep_tail`, else it is dropped. Returns starts (int64), A and B lengths (int32).
     """
-    starts = np.empty(1024, np.int64)
-    sizes = np.empty((1024, 2), np.int32)
+    most = 1  # every example but the last of a document uses two tokens at least
+    for length in lines:
+        most += length // 2 + 1
+    starts = np.empty(most, np.int64)
+    firsts = np.empty(most, np.int32)
+    seconds = np.empty(most, np.int32)
     count = 0
     target = max_length
     position = 0  # of the next example's first token
@@ -106,11 +110,9 @@ def cut_examples(lines, max_length, keep_tail, key):
         second = min(second, max(0, max_length - 3 - first)) if used > first else 0
         if keep_tail:
             used = first + second
-        if count == len(starts):
-            starts = np.append(starts, np.empty_like(starts))
-            sizes = np.append(sizes, np.empty_like(sizes), axis=0)
         starts[count] = position
-        sizes[count, 0], sizes[count, 1] = first, second
+        firsts[count] = first
+        seconds[count] = second
         if uniform(key, 4 * count + 2) < SHORT_SHARE:
             target = 5 + below(key, 4 * count + 3, max_length - 4)
         else:
@@ -121,7 +123,7 @@ def cut_examples(lines, max_length, keep_tail, key):
         while line < len(lines) and lines[line] != 0 and offset >= lines[line]:
             offset -= np.int64(lines[line])
             line += 1
-    return starts[:count].copy(), sizes[:count, 0].copy(), sizes[:count, 1].copy()
+    return starts[:count].copy(), firsts[:count].copy(), seconds[:count].copy()
 
 
 @njit(cache=True, nogil=True)

@@ -1,8 +1,10 @@
 """`fastelectra prepare`: text files to token shards, a tokenizer and a manifest."""
 
 import argparse
+import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -11,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{out} is prepared already", file=sys.stderr)
         return 0
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.workers > 1 else "false"
-    partial = _partial_folder(out, settings)
+    partial, lock = _partial_folder(out, settings)
     try:
         manifest = _prepare(args, sources, settings, partial)
         os.replace(partial, out)
@@ -107,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    finally:
+        lock.close()
     _report(out, manifest)
     return 0
 
@@ -179,15 +184,31 @@ def _is_done(out: Path, settings: dict) -> bool:
     return False
 
 
-def _partial_folder(out: Path, settings: dict) -> Path:
-    """The folder beside `out` to work in; what another job left there is removed."""
+def _partial_folder(out: Path, settings: dict) -> tuple[Path, TextIO]:
+    """The folder beside `out` to work in, and the open file that locks it.
+
+    What another job left there is removed.
+    """
     partial = out.with_name(f"{out.name}.partial")
-    note, text = partial / "settings.json", json.dumps(settings)
-    if partial.exists() and not (note.is_file() and note.read_text() == text):
-        shutil.rmtree(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
-    return partial
+    note, text = open(partial / "settings.json", "a+"), json.dumps(settings)  # noqa: SIM115
+    try:
+        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FastElectraError(f"another `prepare` is at work in {partial}") from None
+    except OSError:
+        pass  # a file system without locks
+    note.seek(0)
+    if note.read() != text:
+        for path in partial.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "settings.json":
+                path.unlink()
+        note.truncate(0)
+        note.write(text)
+        note.flush()
+    return partial, note
 
 
 def _prepare(
@@ -200,8 +221,8 @@ def _prepare(
     size = tokenizer.get_vocab_size()
     dtype = np.dtype("<u2" if size <= 65535 else "<u4")
     text_bytes = sum(source.text_bytes for source in sources)
-    train = -(-text_bytes // SHARD_BYTES)
-    heldout = -(-int(text_bytes * args.heldout_fraction) // SHARD_BYTES)
+    train = math.ceil(text_bytes / SHARD_BYTES)
+    heldout = math.ceil(text_bytes * args.heldout_fraction / SHARD_BYTES)
     writer = ShardWriter(folder, ["train"] * train + ["heldout"] * heldout, dtype)
 
     reader = Reader(sources, args.documents, args.field)

@@ -79,7 +79,7 @@ class BatchStream:
             places = [next(upcoming) for _ in range(self.batches_per_step)]
             totals = _totals((plan, batch) for plan, batch, _ in places)
             batches = [
-                self._fill(*places[b][:2], totals, int(key_of(_DROPOUT, self.seed, step, b) >> 1))
+                self._fill(*places[b][:2], totals, int(key_of(_DROPOUT, self.seed, step, b)) >> 1)
                 for b in range(rank, self.batches_per_step, world)
             ]
             yield batches, places[-1][2]
@@ -174,14 +174,17 @@ def prefetch(iterator: Iterator, depth: int) -> Iterator:
         except BaseException as error:
             put("error", error)
 
+    def items() -> Iterator:
+        try:
+            while True:
+                kind, value = ready.get()
+                if kind == "end":
+                    return
+                if kind == "error":
+                    raise value
+                yield value
+        finally:
+            stopped.set()
+
     threading.Thread(target=work, name="prefetch", daemon=True).start()
-    try:
-        while True:
-            kind, value = ready.get()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-    finally:
-        stopped.set()
+    return items()

@@ -127,6 +127,8 @@ def _from_json(text: str, path: Path) -> Tokenizer:
         raise FastElectraError(
             f"{path}: a {type(tokenizer.model).__name__} tokenizer; ELECTRA uses WordPiece"
         )
+    if sorted(tokenizer.get_vocab().values()) != list(range(tokenizer.get_vocab_size())):
+        raise FastElectraError(f"{path}: the ids of the vocabulary do not run from 0 without a gap")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
