@@ -108,7 +108,9 @@ class Reader:
                 try:
                     yield from kinds[source.kind](source, _decompressed(raw, source))
                 except (EOFError, zlib.error, gzip.BadGzipFile):
-                    raise FastElectraError(f"{source.path} is damaged or not gzip") from None
+                    raise FastElectraError(
+                        f"{source.path} is damaged, cut off or not gzip"
+                    ) from None
                 yield None
             self._position = int
             self._finished += source.size
@@ -186,9 +188,7 @@ def _decompressed(raw: BinaryIO, source: Source) -> BinaryIO:
     if source.compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if source.compression == ".zst":
-        zstandard = _optional("zstandard", source)
-        stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(_ZstdErrors(stream, zstandard.ZstdError, source))
+        return io.BufferedReader(_Zstd(raw, source), 1 << 17)
     return raw
 
 
@@ -204,20 +204,41 @@ def _seekable(stream: BinaryIO, source: Source) -> Iterator[BinaryIO]:
         yield unpacked
 
 
-class _ZstdErrors(io.RawIOBase):
-    """A zstandard stream whose errors name the file."""
+class _Zstd(io.RawIOBase):
+    """The text of a .zst file, frame after frame; FastElectraError where it is damaged or cut."""
 
-    def __init__(self, stream: BinaryIO, error: type[Exception], source: Source):
-        self._stream, self._error, self._source = stream, error, source
+    def __init__(self, raw: BinaryIO, source: Source):
+        self._library = _optional("zstandard", source)
+        self._raw, self._source = raw, source
+        self._frame = None  # being unpacked
+        self._packed = b""  # read but not unpacked
+        self._text = memoryview(b"")  # unpacked but not handed out
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
+        while not self._text:
+            self._packed = self._packed or self._raw.read(1 << 14)
+            if not self._packed:
+                if self._frame is not None:
+                    raise FastElectraError(f"{self._source.path} is cut off")
+                return 0
+            self._unpack()
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _unpack(self) -> None:
+        if self._frame is None:
+            self._frame = self._library.ZstdDecompressor().decompressobj()
         try:
-            return self._stream.readinto(buffer)
-        except self._error:
+            self._text = memoryview(self._frame.decompress(self._packed))
+        except self._library.ZstdError:
             raise FastElectraError(f"{self._source.path} is damaged or not zstd") from None
+        self._packed = self._frame.unused_data
+        if self._frame.eof:
+            self._frame = None
 
 
 def _optional(module: str, source: Source):

@@ -1,0 +1,207 @@
+"""Files of every kind to documents; what cannot be read is named."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastelectra.data import sources
+from fastelectra.data.sources import Reader, find_sources
+from fastelectra.errors import FastElectraError
+
+DOCUMENTS = [["The chef cooked.", "It was good."], ["Zürich, 東京 😀"], ["a", "b", "c"]]
+
+
+def read(*inputs, documents="blank-line", field="text"):
+    """The documents as lists of lines."""
+    result, lines = [], []
+    for line in Reader(find_sources([str(name) for name in inputs]), documents, field):
+        if line is not None:
+            assert line == line.strip() != ""
+            lines.append(line)
+        elif lines:
+            result.append(lines)
+            lines = []
+    assert not lines
+    return result
+
+
+def as_txt(documents) -> bytes:
+    return "\n\n".join("\n".join(lines) for lines in documents).encode()
+
+
+def as_jsonl(documents) -> bytes:
+    return b"".join(json.dumps({"text": "\n".join(d)}).encode() + b"\n" for d in documents)
+
+
+def as_parquet(documents) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    texts = ["\n".join(lines) for lines in documents]
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})
+    pyarrow.parquet.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
+
+
+WRITERS = {".txt": as_txt, ".jsonl": as_jsonl, ".parquet": as_parquet}
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+
+
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_format_gives_the_same_documents(kind, packing, tmp_path):
+    file = tmp_path / f"text{kind}{packing}"
+    file.write_bytes(PACKERS[packing](WRITERS[kind](DOCUMENTS)))
+    assert read(file) == DOCUMENTS
+
+
+def test_two_zstd_frames_and_two_gzip_members_are_read_through(tmp_path):
+    for packing in (".gz", ".zst"):
+        parts = [PACKERS[packing](as_jsonl([lines])) for lines in DOCUMENTS]
+        (tmp_path / f"text.jsonl{packing}").write_bytes(b"".join(parts))
+        assert read(tmp_path / f"text.jsonl{packing}") == DOCUMENTS
+
+
+def test_what_a_document_of_a_text_file_is(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(as_txt(DOCUMENTS))
+    lines = [line for document in DOCUMENTS for line in document]
+    assert read(file, documents="file") == [lines]
+    assert read(file, documents="line") == [[line] for line in lines]
+
+
+def test_files_end_documents(tmp_path):
+    for name in ("b.txt", "a.txt"):
+        (tmp_path / name).write_text(name)
+    assert read(tmp_path) == [["a.txt"], ["b.txt"]]
+
+
+def test_line_ends_blank_lines_byte_order_marks_and_nuls(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbfone\r\ntwo\x00\r\n \t\r\n\r\n\xc2\xa0\nthree  \r\n\x00\r\nfour")
+    assert read(file) == [["one", "two"], ["three"], ["four"]]
+
+
+def test_blank_lines_inside_a_record_do_not_end_it(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text(json.dumps({"text": "a\n\nb\u0000\r\nc"}) + "\n\n" + '{"text": null}\n')
+    assert read(file) == [["a", "b", "c"]]
+
+
+def test_another_field(tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"body": "a", "text": "b"}\n')
+    assert read(file, field="body") == [["a"]]
+
+
+@given(
+    text=st.text(alphabet="ab é東😀\n\t.", max_size=300),
+    limit=st.integers(8, 40),
+    newline=st.sampled_from(["\n", "\r\n"]),
+)
+@settings(deadline=None)
+def test_long_lines_are_cut_and_nothing_is_lost(tmp_path_factory, text, limit, newline):
+    file = tmp_path_factory.mktemp("long") / "text.txt"
+    file.write_bytes(text.replace("\n", newline).encode())
+    whole = read(file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "LINE_BYTES", limit)
+        cut = read(file)
+    assert ["".join("".join(d).split()) for d in cut] == [
+        "".join("".join(d).split()) for d in whole
+    ]
+    assert all(len(line.encode()) <= limit for document in cut for line in document)
+
+
+def test_a_long_line_is_cut_between_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LINE_BYTES", 12)
+    (tmp_path / "text.txt").write_text("one two three four five\nsix\n\nseven")
+    (first, second) = read(tmp_path / "text.txt")
+    assert " ".join(first) == "one two three four five six"
+    assert second == ["seven"]
+
+
+class TestFinding:
+    def test_folders_globs_and_repeats(self, tmp_path):
+        for name in ("b/2.txt", "a/1.txt.gz", "3.jsonl", "README.md", ".hidden/4.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        (tmp_path / "link.txt").symlink_to(tmp_path / "b/2.txt")
+
+        def names(*inputs):
+            return [source.path.relative_to(tmp_path).as_posix() for source in find_sources(inputs)]
+
+        assert names(str(tmp_path)) == ["3.jsonl", "a/1.txt.gz", "b/2.txt"]
+        assert names(f"{tmp_path}/*/*.txt*") == ["a/1.txt.gz", "b/2.txt"]
+        assert names(f"{tmp_path}/b", f"{tmp_path}/b/../b/2.txt") == ["b/2.txt"]
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [("absent.txt", "no such file"), ("*.jsonl", "no such file"), ("notes.md", "unknown kind"),
+         ("empty", "no text in there")],
+    )  # fmt: skip
+    def test_what_is_not_there(self, name, message, tmp_path):
+        (tmp_path / "notes.md").write_text("x")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(FastElectraError, match=message):
+            find_sources([str(tmp_path / name)])
+
+
+BAD = {
+    "latin.txt": (b"good\ncaf\xe9\n", "not UTF-8 at byte 8;.*iconv"),
+    "latin.txt.gz": (gzip.compress(b"good\ncaf\xe9\n"), "byte 8 of the unpacked text"),
+    "utf16.txt": ("text".encode("utf-16"), "not UTF-8 at byte 0"),
+    "cut.txt.gz": (gzip.compress(bytes(range(97, 120)) * 9)[:-9], "damaged, cut off or not gzip"),
+    "text.txt.gz": (b"plain text", "damaged, cut off or not gzip"),
+    "cut.txt.zst": (zstandard.ZstdCompressor().compress(b"abcdefgh" * 9)[:-5], "is cut off"),
+    "text.txt.zst": (b"plain text", "damaged or not zstd"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+    "list.jsonl": (b"[1]\n", "line 1: no field 'text'"),
+    "names.jsonl": (b'{"body": "a"}\n', r"no field 'text' \(there is body\); name it with --field"),
+    "number.jsonl": (b'{"text": 5}\n', "line 1: field 'text' is not text but int"),
+    "surrogate.jsonl": (rb'{"text": "\ud800"}', "line 1: not valid Unicode"),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8 at byte 24"),
+    "text.parquet": (b"plain text", "not readable Parquet"),
+    "names.parquet": (as_parquet([["a"]]).replace(b"text", b"body"), "no column 'text'.*--field"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_read_is_named(name, tmp_path):
+    content, message = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FastElectraError, match=message) as caught:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_jsonl_line_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "RECORD_BYTES", 1000)
+    (tmp_path / "text.jsonl").write_text('{"text": "%s"}' % ("x" * 1000))
+    with pytest.raises(FastElectraError, match="line 1: longer than"):
+        read(tmp_path / "text.jsonl")
+
+
+@pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
+def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(
+        FastElectraError, match=rf"needs {module}: pip install 'fastelectra\[data\]'"
+    ):
+        read(tmp_path / name)
+
+
+def test_progress_counts_the_bytes_of_the_files(tmp_path):
+    for kind, write in WRITERS.items():
+        (tmp_path / f"text{kind}.gz").write_bytes(gzip.compress(write(DOCUMENTS * 50)))
+    found = find_sources([str(tmp_path)])
+    reader = Reader(found, "blank-line", "text")
+    seen = [reader.bytes_read for _ in reader]
+    assert seen == sorted(seen)
+    assert reader.bytes_read == sum(source.size for source in found)
