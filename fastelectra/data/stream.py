@@ -185,6 +185,8 @@ def prefetch(iterator: Iterator, depth: int) -> Iterator:
                 yield value
         finally:
             stopped.set()
+            worker.join()  # inside native code at the interpreter's exit it would abort the process
 
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    worker = threading.Thread(target=work, name="prefetch", daemon=True)
+    worker.start()
     return items()
