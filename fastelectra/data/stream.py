@@ -1,5 +1,6 @@
 """The training batches, in an order that depends on nothing but corpus, settings and seed."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -174,6 +175,10 @@ def prefetch(iterator: Iterator, depth: int) -> Iterator:
         except BaseException as error:
             put("error", error)
 
+    def stop() -> None:
+        stopped.set()
+        worker.join()
+
     def items() -> Iterator:
         try:
             while True:
@@ -184,9 +189,10 @@ def prefetch(iterator: Iterator, depth: int) -> Iterator:
                     raise value
                 yield value
         finally:
-            stopped.set()
-            worker.join()  # inside native code at the interpreter's exit it would abort the process
+            stop()
+            atexit.unregister(stop)
 
     worker = threading.Thread(target=work, name="prefetch", daemon=True)
     worker.start()
+    atexit.register(stop)  # a thread in native code at the interpreter's exit would abort it
     return items()

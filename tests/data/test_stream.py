@@ -1,5 +1,7 @@
 """The order of batches: independent of ranks and restarts; every token once an epoch."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -218,3 +220,18 @@ class TestPrefetch:
         while threading.active_count() > before and time.monotonic() < deadline:
             time.sleep(0.01)
         assert threading.active_count() == before
+
+    def test_the_interpreter_ends_in_the_middle_of_native_work(self):
+        """A daemon thread that comes back from numba code after the exit would abort it."""
+        program = (
+            "import numpy as np\n"
+            "from fastelectra.data.counters import permutation\n"
+            "from fastelectra.data.stream import prefetch\n"
+            "permutation(np.uint64(1), 10)\n"
+            "items = prefetch((permutation(np.uint64(1), 3_000_000) for _ in range(99)), 2)\n"
+            "print('done')\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
