@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import operation, use_triton
-from .language import ELEMENTS, PROGRAMS, column_sums, gelu, gelu_slope, jit, tl, upcast
+from .language import (
+    ELEMENTS,
+    PROGRAMS,
+    column_sums,
+    gelu,
+    gelu_slope,
+    jit,
+    power_of_two,
+    tl,
+    upcast,
+)
 
 
 @jit
@@ -45,7 +55,7 @@ def _backward(
 
 def _blocks(x):
     """Constants of a launch over x, and its row and column blocks."""
-    columns = min(256, max(16, 1 << (x.shape[1] - 1).bit_length()))
+    columns = min(256, max(16, power_of_two(x.shape[1])))
     constants = {"F": x.shape[1], "BC": columns, "R": ELEMENTS // columns}
     return constants, -(-x.shape[0] // constants["R"]), -(-x.shape[1] // columns)
 

@@ -1,8 +1,8 @@
 """LayerNorm(dropout(x + x_bias) + residual), the end of each half of a post-LN layer.
 
 Separate operations move ten [T, H] tensors forward and more backward. Here forward reads x and the
-residual and writes y, backward reads both again with dy and writes their gradients: 3 and 5. Nothing
-but a mean and a scale a row is kept for backward, which draws the dropout mask again from the seed.
+residual and writes y, backward reads both again with dy and writes their gradients: 3 and 5. Only
+a mean and a scale a row are kept for backward, which draws the dropout mask again from the seed.
 The three parameter gradients are summed in registers over the rows of a program, then over the
 programs, always in the same order.
 """

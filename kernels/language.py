@@ -84,7 +84,7 @@ def dropout_threshold(p: float) -> int:
 
 def row_blocks(width: int) -> tuple[dict, int]:
     """Constants BH (columns, a power of two) and R (rows) of a block of whole rows, and warps."""
-    columns = max(16, 1 << (width - 1).bit_length())
+    columns = max(16, power_of_two(width))
     rows = max(1, ELEMENTS // columns)
     return {"H": width, "BH": columns, "R": rows}, 4 if columns <= 512 else 8
 
@@ -96,7 +96,8 @@ def _column_sums(x_ptr, sums_ptr, rows, columns, BR: tl.constexpr, BC: tl.conste
     for start in range(0, rows, BR):
         row = start + tl.arange(0, BR)
         inside = (row < rows)[:, None] & (column < columns)[None, :]
-        total += tl.load(x_ptr + row[:, None] * columns + column[None, :], inside, 0.0)
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        total += tl.load(x_ptr + at, inside, 0.0)
     sums = tl.sum(total, 0).to(sums_ptr.dtype.element_ty)
     tl.store(sums_ptr + column, sums, column < columns)
 
@@ -104,6 +105,13 @@ def _column_sums(x_ptr, sums_ptr, rows, columns, BR: tl.constexpr, BC: tl.conste
 def column_sums(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sums [...] over the first dimension of x [N, ...], always in the same order."""
     sums = x.new_empty(x.shape[1:], dtype=dtype)
-    grid = (-(-sums.numel() // 32),)
-    _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=64, BC=32, num_warps=4)
+    rows = min(64, power_of_two(x.shape[0]))
+    columns = ELEMENTS // rows
+    grid = (-(-sums.numel() // columns),)
+    _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=rows, BC=columns, num_warps=4)
     return sums
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is at least size."""
+    return 1 << max(0, size - 1).bit_length()

@@ -2,13 +2,14 @@
 
 import functools
 
+import scipy.stats
 import torch
 
 from fastelectra import kernels
 
 
 def _normal(generator, *shape, scale=1.0):
-    return scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _integers(generator, high, *shape, low=0):
@@ -31,18 +32,30 @@ def dropout_add_layer_norm(g, rows, width):
     return [x, _normal(g, width), residual, weight, bias, 0.0, torch.tensor([7]), 1e-12]
 
 
-CASES = {make.__name__: make for make in (bias_gelu, dropout_add_layer_norm)}
+def linear_cross_entropy_sample(g, rows, width):
+    vocabulary = 100 + 5 * width  # one to four tiles, the last one not full
+    hidden, weight = _normal(g, rows, width), _normal(g, vocabulary, width, scale=0.4)
+    labels = _integers(g, vocabulary, rows, low=-1)
+    return [hidden, weight, _normal(g, vocabulary), labels, torch.rand(rows, generator=g), 0.7]
+
+
+CASES = {
+    make.__name__: make for make in (bias_gelu, dropout_add_layer_norm, linear_cross_entropy_sample)
+}
 
 
 def make(name, rows, width, dtype=torch.float64, seed=0):
-    """Inputs of an op; those to differentiate are floating-point and require a gradient."""
+    """Inputs of an op; those to differentiate, made in fp64, require a gradient."""
     inputs = CASES[name](torch.Generator().manual_seed(seed), rows, width)
+    for value in inputs:
+        if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
+            value.requires_grad_()
     return [convert(value, dtype) for value in inputs]
 
 
 def convert(value, dtype):
     """A differentiable input in another precision; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dim():
+    if isinstance(value, torch.Tensor) and value.requires_grad:
         return value.detach().to(dtype).requires_grad_()
     return value
 
@@ -69,3 +82,31 @@ def with_gradients(function, inputs, seed=1):
     d_output = _normal(generator, *output.shape).bfloat16().to(output.dtype)
     wanted = [value for value in inputs if isinstance(value, torch.Tensor) and value.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, wanted, d_output)]
+
+
+def exact_distribution(hidden, weight, bias, temperature):
+    """Cumulative distribution in fp64 [M, V + 1], from 0 to 1."""
+    logits = hidden.double() @ weight.double().t() + bias.double()
+    steps = (logits / temperature).softmax(1).cumsum(1)
+    return torch.cat([steps.new_zeros(steps.shape[0], 1), steps / steps[:, -1:]], 1)
+
+
+def assert_inverse_of(distribution, uniforms, sampled, tolerance=2e-6):
+    """Each sample is the token whose step of the distribution holds the row's uniform number."""
+    sampled = sampled.long()[:, None]
+    low, high = (distribution.gather(1, sampled + end)[:, 0] for end in (0, 1))
+    assert (high > low).all(), "sampled a token of no probability"
+    assert ((uniforms > low - tolerance) & (uniforms < high + tolerance)).all()
+
+
+def assert_follows(distribution, sampled, groups=20):
+    """Chi-square over groups of tokens of about equal mass; fails once in 10^5 by chance."""
+    steps = distribution.diff()
+    share = distribution[:-1] + steps / 2
+    group = (share * groups).long().clamp(max=groups - 1)
+    expected = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, steps)
+    expected *= len(sampled)
+    observed = torch.bincount(group[sampled.long()], minlength=groups).double()
+    used = expected > 5
+    statistic = ((observed - expected)[used].square() / expected[used]).sum().item()
+    assert scipy.stats.chi2.sf(statistic, int(used.sum()) - 1) > 1e-5

