@@ -26,7 +26,6 @@ from fastelectra.config import (
     generator_sizes,
 )
 from fastelectra.data import vocabulary
-from fastelectra.data.shards import file_sha256
 from fastelectra.errors import FastElectraError
 from fastelectra.model import Electra
 from fastelectra.model.electra import parameter_shapes
@@ -118,22 +117,23 @@ def add_export_arguments(parser: ArgumentParser) -> None:
 def run_export(args: Namespace) -> int:
     """Write both networks for Hugging Face, all or nothing.
 
-    Raises FastElectraError (not a sound checkpoint, `out` is not empty) or OSError.
+    Raises FastElectraError: not a sound checkpoint, OUT is not empty or cannot be written.
     """
     folder, out = checkpoint.resolve(args.checkpoint), Path(args.out)
     model, vocab_size, weights = _read_checkpoint(folder)
     _, special = _read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
-    with checkpoint.write_folder(out) as aside:
-        for network, architecture in ARCHITECTURES.items():
-            shutil.copytree(folder / checkpoint.TOKENIZER, aside / network)
-            config = _hub_config(model, network, vocab_size, special["pad"])
-            text = json.dumps({"architectures": [architecture], **config}, indent=2)
-            (aside / network / "config.json").write_text(text + "\n", encoding="utf-8")
-            file = Path(network, "model.safetensors")
-            try:
-                save_file(to_hub(weights, network), aside / file, {"format": "pt"})
-            except SafetensorError as error:  # it wraps the operating system's error
-                raise FastElectraError(f"cannot write {out / file}: {error}") from None
+    try:
+        with checkpoint.write_folder(out) as aside:
+            for network, architecture in ARCHITECTURES.items():
+                shutil.copytree(folder / checkpoint.TOKENIZER, aside / network)
+                config = _hub_config(model, network, vocab_size, special["pad"])
+                text = json.dumps({"architectures": [architecture], **config}, indent=2)
+                (aside / network / "config.json").write_text(text + "\n", encoding="utf-8")
+                tensors = to_hub(weights, network)
+                save_file(tensors, aside / network / "model.safetensors", {"format": "pt"})
+    except (OSError, SafetensorError) as error:  # the second wraps the first
+        reason = getattr(error, "strerror", None) or error
+        raise FastElectraError(f"cannot write {out}: {reason}") from None
     print(f"wrote {out / 'discriminator'} and {out / 'generator'} from {folder}")
     return 0
 
@@ -156,13 +156,16 @@ def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> 
 
 def _read_checkpoint(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
     """Sizes, vocabulary size and weights; FastElectraError if they do not fit together."""
-    state, weights = checkpoint.read_state(folder), checkpoint.read_weights(folder)
-    model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
-    if {name: weights[name].shape for name in weights} != parameter_shapes(
-        model, state["vocab_size"]
-    ):
+    state = checkpoint.read_state(folder)
+    try:
+        values, vocab_size = state["config"], state["vocab_size"]
+    except KeyError as error:
+        raise FastElectraError(f"{folder / checkpoint.STATE} lacks {error}") from None
+    model = config_from_dict(values, str(folder / checkpoint.STATE)).model
+    weights = checkpoint.read_weights(folder)
+    if {name: weights[name].shape for name in weights} != parameter_shapes(model, vocab_size):
         raise FastElectraError(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.STATE} disagree")
-    return model, state["vocab_size"], weights
+    return model, vocab_size, weights
 
 
 # --- import ---------------------------------------------------------------------------------------
@@ -201,7 +204,7 @@ def run_import(args: Namespace) -> int:
             config=config.to_dict(),
             vocab_size=networks.vocab_size,
             special_tokens=special,
-            fingerprint=file_sha256(Path(tokenizer_dir, "tokenizer.json")),
+            fingerprint="",  # of no corpus
         )
     for network in ARCHITECTURES:
         print(f"{network}: {networks.folders.get(network, 'not given, initialised afresh')}")

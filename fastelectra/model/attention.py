@@ -80,7 +80,7 @@ def choose(
     Raises FastElectraError for a head size that no GPU implementation takes.
     """
     if capability is None:
-        return "padded"
+        return "padded SDPA"
     if head_size % 8 or head_size > 256:
         raise FastElectraError(
             f"a head size of {head_size} (hidden_size / heads) cannot run on a GPU: choose"
@@ -159,7 +159,7 @@ def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Te
 
 
 BACKENDS = {
-    "padded": _padded,
+    "padded SDPA": _padded,
     "memory-efficient": _torch_efficient,
     "torch varlen": _torch_varlen,
     "torch flash": _torch_flash,

@@ -133,12 +133,14 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         index = folder / f"{name}.index.json"
         files = [folder / name] if (folder / name).is_file() else []
         if index.is_file():
-            files = sorted({folder / part for part in read_json(index)["weight_map"].values()})
+            files = sorted(
+                {folder / part for part in read_json(index).get("weight_map", {}).values()}
+            )
         tensors = {}
         for file in files:
             try:
                 tensors.update(load(file))
-            except (OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+            except (OSError, SafetensorError) as error:
                 raise FastElectraError(f"cannot read {file}: {error}") from None
         if files:
             return tensors
@@ -146,7 +148,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):  # their messages fill a page
+        raise FastElectraError(f"{path} is damaged, or holds more than tensors") from None
 
 
 def _our_tensor(

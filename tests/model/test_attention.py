@@ -63,8 +63,8 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
 @pytest.mark.parametrize(
     ("capability", "dtype", "dropout", "packages", "expected"),
     [
-        (None, torch.float32, True, BOTH, "padded"),
-        (None, torch.bfloat16, False, BOTH, "padded"),
+        (None, torch.float32, True, BOTH, "padded SDPA"),
+        (None, torch.bfloat16, False, BOTH, "padded SDPA"),
         ((9, 0), torch.float32, False, BOTH, "memory-efficient"),
         ((7, 5), torch.float16, True, BOTH, "memory-efficient"),
         ((9, 0), torch.bfloat16, True, frozenset(), "torch flash"),
@@ -86,12 +86,12 @@ def test_head_sizes_that_no_gpu_takes_are_an_error():
     for head_size in (20, 264):
         with pytest.raises(FastElectraError, match=f"head size of {head_size}"):
             choose((8, 0), torch.bfloat16, head_size, True, frozenset())
-        assert choose(None, torch.float32, head_size, True, frozenset()) == "padded"
+        assert choose(None, torch.float32, head_size, True, frozenset()) == "padded SDPA"
 
 
 def test_description_names_the_implementation_in_use():
     described = attention.describe(torch.device("cpu"), torch.float32, 64, 0.1)
-    assert described == "attention: padded"
+    assert described == "attention: padded SDPA"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,388 @@
+"""Export to and import from Hugging Face, with transformers on the other side."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    pipeline,
+)
+
+from fastelectra import cli, errors
+from fastelectra.config import Config, ModelConfig, ObjectiveConfig
+from fastelectra.data.batch import Batch
+from fastelectra.data.shards import open_corpus
+from fastelectra.hub import load_pretrained
+from fastelectra.model import Electra
+from fastelectra.training import checkpoint
+
+ODD = ModelConfig(  # a generator of one head; embeddings narrower than both networks
+    layers=1, hidden_size=24, intermediate_size=40, heads=2, embedding_size=10,
+    generator_fraction=0.5, max_positions=48, dropout=0.0, attention_dropout=0.1,
+)  # fmt: skip
+SMALL = replace(ModelConfig(), layers=2)
+BIASED = replace(ODD, embedding_size=24, generator_fraction=0.3333, hidden_size=24, heads=3)
+SENTENCES = ["the people of the united states", "fellow citizens of the senate", "war"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost more than such small tensors gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def electra(model, vocab_size, seed=0):
+    """Both networks with values that a mistake would show with: no zeros, no ones."""
+    network = Electra(model, vocab_size, ObjectiveConfig())
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.normal_(float(name.endswith("norm_weight")), 0.1, generator=generator)
+    return network.eval()
+
+
+def write_checkpoint(target, corpus, model=ODD, step=7):
+    """What a training run leaves behind; returns its networks."""
+    corpus = open_corpus(corpus)
+    network = electra(model, corpus.vocab_size)
+    config = Config(model=model)
+    config.data.max_length = min(config.data.max_length, model.max_positions)
+    checkpoint.write_checkpoint(
+        target,
+        {name: parameter.detach() for name, parameter in network.named_parameters()},
+        corpus.tokenizer_dir,
+        step=step,
+        position=None,
+        config=config.to_dict(),
+        vocab_size=corpus.vocab_size,
+        special_tokens=corpus.manifest.special_tokens,
+        fingerprint=corpus.fingerprint,
+    )
+    return network
+
+
+@pytest.fixture
+def exported(tmp_path, corpus):
+    """A checkpoint's export."""
+    write_checkpoint(tmp_path / "checkpoint", corpus)
+    assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "exported") == 0
+    return tmp_path / "exported"
+
+
+def fastelectra(*arguments):
+    """Exit code of a command."""
+    return errors.run(cli.main, [str(argument) for argument in arguments])
+
+
+def files(folder):
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in found}
+
+
+def packed(inputs):
+    """A tokenizer's padded output as a packed Batch with every [MASK] chosen."""
+    lengths = inputs["attention_mask"].sum(1)
+    real = inputs["attention_mask"].bool()
+    tokens = inputs["input_ids"][real].int()
+    masked = (tokens == 4).nonzero()[:, 0].int()
+    return Batch(
+        tokens=tokens,
+        segments=inputs["token_type_ids"][real].int(),
+        positions=torch.cat([torch.arange(length) for length in lengths]).int(),
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(),
+        masked_positions=masked,
+        masked_inputs=tokens[masked],
+        labels=tokens[masked],
+        uniforms=torch.zeros(len(masked)),
+        totals=torch.ones(2),
+        max_length=int(lengths.max()),
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("model", [ODD, BIASED, SMALL], ids=["odd", "thirds", "small"])
+def test_transformers_loads_an_export_and_computes_the_same(tmp_path, corpus, model):
+    ours = write_checkpoint(tmp_path / "checkpoint", corpus, model)
+    assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "out") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/discriminator")
+    inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    batch, real = packed(inputs), inputs["attention_mask"].bool()
+    vocabulary = load_pretrained(tmp_path / "checkpoint").tokenizer
+    assert [vocabulary.encode(text).ids for text in SENTENCES] == [
+        ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], real, strict=True)
+    ]
+
+    discriminator, info = ElectraForPreTraining.from_pretrained(
+        tmp_path / "out/discriminator", output_loading_info=True
+    )
+    assert not any(info.values())
+    with torch.no_grad():
+        logits = discriminator(**inputs).logits[real]
+        hidden = AutoModel.from_pretrained(tmp_path / "out/discriminator")(**inputs)[0][real]
+        expected = discriminator.electra(**inputs)[0][real]
+    torch.testing.assert_close(ours.discriminator_logits(batch), logits, atol=1e-5, rtol=0)
+    assert torch.equal(hidden, expected)
+
+    sentences = [f"{text} {tokenizer.mask_token}" for text in SENTENCES]
+    inputs = tokenizer(sentences, padding=True, return_tensors="pt")
+    generator, info = ElectraForMaskedLM.from_pretrained(
+        tmp_path / "out/generator", output_loading_info=True
+    )
+    assert not any(info.values())
+    with torch.no_grad():
+        logits = generator(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id]
+    predicted = ours.generator_logits(packed(inputs))
+    torch.testing.assert_close(predicted, logits, atol=1e-5, rtol=0)
+    fill = pipeline("fill-mask", model=str(tmp_path / "out/generator"))
+    for answers, row in zip(fill(sentences, top_k=3), predicted.softmax(1), strict=True):
+        best = row.topk(3)
+        assert [answer["token"] for answer in answers] == best.indices.tolist()
+        assert [answer["score"] for answer in answers] == pytest.approx(
+            best.values.tolist(), rel=1e-4
+        )
+
+
+def test_a_run_folder_exports_its_newest_checkpoint(tmp_path, corpus):
+    for step in (10, 200):
+        write_checkpoint(checkpoint.checkpoint_folder(tmp_path / "run", step), corpus, step=step)
+    newest = checkpoint.checkpoint_folder(tmp_path / "run", 200)
+    assert fastelectra("export", tmp_path / "run", tmp_path / "one") == 0
+    assert fastelectra("export", newest, tmp_path / "two") == 0
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_import_and_export_give_back_the_same_bytes(tmp_path, corpus, exported):
+    assert fastelectra("import", exported, "--out", tmp_path / "imported") == 0
+    assert fastelectra("export", tmp_path / "imported", tmp_path / "again") == 0
+    assert files(tmp_path / "again") == files(exported)
+    assert len(files(exported)) == 10
+    separate = [exported / "generator", exported / "discriminator"]
+    assert fastelectra("import", *separate, "--out", tmp_path / "separate") == 0
+    assert files(tmp_path / "separate") == files(tmp_path / "imported")
+    state = checkpoint.read_state(tmp_path / "imported")
+    assert (state["step"], state["position"]) == (0, None)
+    assert state["special_tokens"] == open_corpus(corpus).manifest.special_tokens
+
+
+def save_pair(folder, corpus, **options):
+    """Both networks as transformers makes and saves them, each with embeddings of its own."""
+    torch.manual_seed(1)
+    sizes = {
+        "vocab_size": open_corpus(corpus).vocab_size,
+        "embedding_size": 16,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 64,
+    }
+    large = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    half = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    tokenizer = AutoTokenizer.from_pretrained(open_corpus(corpus).tokenizer_dir)
+    for name, model_class, own in (
+        ("discriminator", ElectraForPreTraining, large),
+        ("generator", ElectraForMaskedLM, half),
+    ):
+        model_class(ElectraConfig(**sizes, **own)).save_pretrained(folder / name, **options)
+        tokenizer.save_pretrained(folder / name)
+
+
+@pytest.mark.parametrize("form", ["one file", "shards", "pickle", "half precision"])
+def test_what_transformers_saved_survives_import_and_export(tmp_path, corpus, form, capsys):
+    pair = tmp_path / "pair"
+    save_pair(pair, corpus, **({"max_shard_size": "20KB"} if form == "shards" else {}))
+    loaded = {
+        "discriminator": ElectraForPreTraining.from_pretrained(pair / "discriminator"),
+        "generator": ElectraForMaskedLM.from_pretrained(pair / "generator"),
+    }
+    for name, model in loaded.items():
+        weights = pair / name / "model.safetensors"
+        if form == "shards":
+            assert len(list((pair / name).glob("model-*.safetensors"))) > 1
+        if form == "pickle":
+            weights.unlink()
+            torch.save(model.state_dict(), pair / name / "pytorch_model.bin")
+        if form == "half precision":
+            model.half()
+            save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
+    assert fastelectra("import", *pair.iterdir(), "--out", tmp_path / "imported") == 0
+    assert "embeddings differ: took the discriminator's" in capsys.readouterr().out
+    assert fastelectra("export", tmp_path / "imported", tmp_path / "out") == 0
+    shared = load_file(tmp_path / "out/discriminator/model.safetensors")
+    for name, model in loaded.items():
+        tensors = load_file(tmp_path / "out" / name / "model.safetensors")
+        named = dict(model.named_parameters())
+        assert tensors.keys() == named.keys()
+        for key, tensor in tensors.items():
+            embedding = key.startswith("electra.embeddings.")
+            expected = shared[key] if embedding else named[key].detach().float()
+            assert torch.equal(tensor, expected), key
+        again = ElectraConfig.from_pretrained(tmp_path / "out" / name).to_dict()
+        differ = {key for key, value in model.config.to_dict().items() if again[key] != value}
+        assert differ <= {"dtype", "_name_or_path"}
+
+
+@pytest.mark.parametrize("given", ["discriminator", "generator"])
+def test_a_missing_network_starts_afresh(tmp_path, exported, given, capsys):
+    missing = "generator" if given == "discriminator" else "discriminator"
+    arguments = ["import", exported / given, "--out", tmp_path / "in", "--generator-fraction", 0.5]
+    assert fastelectra(*arguments) == 0
+    assert f"{missing}: not given, initialised afresh" in capsys.readouterr().out
+    weights = checkpoint.read_weights(tmp_path / "in")
+    before = checkpoint.read_weights(tmp_path / "checkpoint")
+    assert weights.keys() == before.keys()
+    for name, tensor in weights.items():
+        fresh = name.startswith(missing)
+        assert torch.equal(tensor, before[name]) is not fresh, name
+        if fresh and tensor.ndim == 2:
+            assert tensor.abs().max() <= 0.0401
+    assert checkpoint.read_state(tmp_path / "in")["config"]["model"] == asdict(ODD)
+
+
+def test_vocabulary_without_tokenizer_json(tmp_path, exported):
+    for part in ("discriminator", "generator"):
+        (exported / part / "tokenizer.json").unlink()
+    assert fastelectra("import", exported, "--out", tmp_path / "imported") == 0
+    after = tmp_path / "imported" / "tokenizer" / "tokenizer.json"
+    assert after.read_bytes() == (tmp_path / "checkpoint/tokenizer/tokenizer.json").read_bytes()
+
+
+def test_load_pretrained_takes_every_kind_of_folder(tmp_path, corpus):
+    run = tmp_path / "run"
+    folder = checkpoint.checkpoint_folder(run, 7)
+    network = write_checkpoint(folder, corpus)
+    assert fastelectra("export", run, tmp_path / "out") == 0
+    alone, generator = tmp_path / "out/discriminator", tmp_path / "out/generator"
+    special = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+    expected = dict(network.named_parameters())
+    for arguments in ([run], [folder], [tmp_path / "out"], [alone, generator], [alone]):
+        loaded = load_pretrained(*arguments)
+        assert loaded.has_generator is (arguments != [alone])
+        assert loaded.special == special
+        assert loaded.tokenizer.encode("the war").ids[0] == special["cls"]
+        assert not loaded.electra.training
+        for name, parameter in loaded.electra.named_parameters():
+            if loaded.has_generator or not name.startswith("generator."):
+                assert torch.equal(parameter, expected[name]), name
+    with pytest.raises(errors.FastElectraError, match="holds no discriminator"):
+        load_pretrained(generator)
+    with pytest.raises(errors.FastElectraError, match="has a generator of its own"):
+        load_pretrained(run, generator)
+
+
+# --- what can be wrong ----------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The one line that a command ends with, having left nothing at the place it should write."""
+    out = Path(arguments[-1])
+    before = files(out) if out.is_dir() else {}
+    assert fastelectra(*arguments) == 2
+    assert (files(out) if out.is_dir() else {}) == before
+    assert not list(out.parent.glob(".tmp-*"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_export_refuses(tmp_path, corpus, exported, capsys):
+    folder, out = tmp_path / "checkpoint", tmp_path / "new"
+    assert "no checkpoint in" in refused(capsys, "export", tmp_path / "nowhere", out)
+    assert "already exists" in refused(capsys, "export", folder, exported)
+    (tmp_path / "file").touch()
+    line = refused(capsys, "export", folder, tmp_path / "file" / "out")
+    assert "cannot write" in line
+    assert "Not a directory" in line
+
+    change_tensors(folder, lambda tensors: tensors.pop("embeddings.word"))
+    assert "model.safetensors and state.json disagree" in refused(capsys, "export", folder, out)
+    (folder / "model.safetensors").write_bytes(b"cut")
+    assert "cannot read" in refused(capsys, "export", folder, out)
+    (folder / "state.json").write_text('{"format": 1}')
+    assert "state.json lacks 'config'" in refused(capsys, "export", folder, out)
+
+
+def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):
+    out = tmp_path / "new"
+    discriminator, generator = exported / "discriminator", exported / "generator"
+    BertConfig().save_pretrained(tmp_path / "bert")
+    for folders, message in (
+        ([tmp_path / "nowhere"], "cannot read"),
+        ([tmp_path / "bert"], "not the configuration of an Electra model"),
+        ([discriminator, discriminator], "are both a discriminator"),
+    ):
+        assert message in refused(capsys, "import", *folders, "--out", out)
+    assert "already exists" in refused(capsys, "import", exported, "--out", exported)
+    line = refused(capsys, "import", discriminator, "--generator-fraction", "3", "--out", out)
+    assert "must be above 0 and at most 1" in line
+
+    (discriminator / "tokenizer.json").unlink()
+    (discriminator / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
+    assert "lacks [MASK]" in refused(capsys, "import", discriminator, "--out", out)
+    (discriminator / "vocab.txt").unlink()
+    assert "has no tokenizer" in refused(capsys, "import", discriminator, "--out", out)
+    entries = (generator / "vocab.txt").read_text()
+    (generator / "tokenizer.json").unlink()
+    (generator / "vocab.txt").write_text(entries + "extraordinary\n")
+    assert "more than the model's" in refused(capsys, "import", generator, "--out", out)
+
+    (generator / "model.safetensors").unlink()
+    assert "has no weights" in refused(capsys, "import", generator, "--out", out)
+    (generator / "pytorch_model.bin").write_bytes(b"no pickle")
+    assert "is damaged, or holds more" in refused(capsys, "import", generator, "--out", out)
+    (generator / "config.json").write_text("{")
+    assert "not valid JSON" in refused(capsys, "import", generator, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act is 'relu', supported is 'gelu'"),
+        ({"type_vocab_size": 4}, "type_vocab_size is 4"),
+        ({"vocab_size": 77}, "are no pair: vocab_size"),
+        ({"num_hidden_layers": 3}, "are no pair: num_hidden_layers"),
+        ({"intermediate_size": 44}, "0.5 of the discriminator's would be"),
+        ({"hidden_size": "wide"}, "hidden_size must be a number"),
+        ({"num_attention_heads": 5}, "heads = 5 does not divide"),
+    ],
+)
+def test_import_refuses_configurations(tmp_path, exported, capsys, change, message):
+    network = "discriminator" if "num_attention_heads" in change else "generator"
+    change_json(exported / network / "config.json", **change)
+    assert message in refused(capsys, "import", exported, "--out", tmp_path / "new")
+
+
+def test_import_refuses_weights_that_do_not_fit(tmp_path, exported, capsys):
+    out, generator = tmp_path / "new", exported / "generator"
+    table = "electra.embeddings.word_embeddings.weight"
+    for change, message in (
+        (lambda t: t.update({"generator_lm_head.weight": t[table] + 1}), "output table is not its"),
+        (lambda t: t.update({"generator_lm_head.bias": torch.zeros(3)}), "has shape [3]"),
+        (
+            lambda t: t.pop("electra.encoder.layer.0.attention.self.key.bias"),
+            "lack electra.encoder",
+        ),
+        (lambda t: t.pop("generator_predictions.dense.weight"), "are neither of"),
+    ):
+        change_tensors(generator, change)
+        assert message in refused(capsys, "import", exported, "--out", out)
+        change_tensors(generator, lambda t: t.pop("generator_lm_head.weight", None))
