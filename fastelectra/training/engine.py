@@ -99,6 +99,8 @@ def _cuda() -> bool:
 
 def _precision(user: dict, device: torch.device) -> tuple[str, str]:
     """(name, reason): as asked, or what the hardware is fast at."""
+    if user.get("fp16", {}).get("enabled") and device.type == "cpu":
+        raise FastElectraError("deepspeed.fp16: training on a CPU takes bf16 or fp32, not fp16")
     for key in PRECISIONS:
         if user.get(key, {}).get("enabled"):
             return {"bfloat16": "bf16", "torch_autocast": "fp32"}.get(key, key), "as asked"

@@ -98,6 +98,7 @@ class Trainer:
         if self.report:
             self.process.say(f"finished: learning curves in {self.report.draw()}")
             self.report.close()
+        torch.distributed.destroy_process_group()
 
     def _set_learning_rate(self, step: int) -> float:
         optimizer = self.config.optimizer

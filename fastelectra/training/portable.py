@@ -79,7 +79,7 @@ def _write_whole(engine: DeepSpeedEngine, adam_step: float):
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
         master = masters[parameter]
         master.data.copy_(weight)
-        state[master] = {key: value.to(master.device) for key, value in moments.items()}
+        state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
         state[master]["step"] = torch.tensor(adam_step, device=master.device)
 
     return write
@@ -108,7 +108,11 @@ def _link_states(engine: DeepSpeedEngine) -> None:
 
 
 def _write_parts(engine: DeepSpeedEngine, adam_step: float):
-    _fresh_states(engine, engine.optimizer.single_partition_of_fp32_groups, adam_step)
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 accumulating gradients in fp32
+        _fresh_states(engine, optimizer.fp32_groups_flat_partition, adam_step)
+    else:
+        _fresh_states(engine, optimizer.single_partition_of_fp32_groups, adam_step)
     _link_states(engine)
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:

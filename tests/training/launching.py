@@ -1,0 +1,52 @@
+"""A tiny configuration, and the commands that train with it as a user would."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import fastelectra
+
+TRAIN = Path(fastelectra.__file__).parent / "train.py"
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def tiny_config(corpus: Path, run: Path, **training) -> dict:
+    """Two layers of 32 and two ragged micro-batches a step: seconds on one core."""
+    return {
+        "model": {"layers": 2, "hidden_size": 32, "intermediate_size": 64, "heads": 2,
+                  "embedding_size": 16, "generator_fraction": 0.5, "max_positions": 64},
+        "data": {"path": str(corpus), "max_length": 64},
+        "optimizer": {"peak_lr": 2e-3, "warmup_steps": 4},
+        "training": {"output_dir": str(run), "steps": 20, "batch_tokens": 800,
+                     "micro_batch_tokens": 400, "log_every": 5, "eval_every": 10,
+                     "eval_tokens": 2000, "checkpoint_every": 5, "keep_last": 4, **training},
+    }  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and nothing of a process group that this one belongs to."""
+    kept = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    return {**kept, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+
+
+def deepspeed(processes: int) -> list[str]:
+    """The launcher of the README."""
+    program = str(Path(sys.executable).with_name("deepspeed"))
+    return [program, "--num_gpus", str(processes), "--master_port", _port(), str(TRAIN)]
+
+
+def torchrun(processes: int) -> list[str]:
+    """PyTorch's launcher."""
+    program = str(Path(sys.executable).with_name("torchrun"))
+    return [program, "--nproc_per_node", str(processes), "--master_port", _port(), str(TRAIN)]
+
+
+PLAIN = [sys.executable, str(TRAIN)]
+COMMAND = [sys.executable, "-m", "fastelectra.cli", "train"]
+
+
+def _port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
