@@ -8,6 +8,7 @@ OUT/generator/          for ElectraForMaskedLM and pipeline("fill-mask")
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ from fastelectra.model.hub_reader import (
 )
 from fastelectra.training import checkpoint
 
+EMBEDDINGS_DIFFER = "the two networks' embeddings differ: took the discriminator's"
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -63,6 +66,8 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
         networks = read_networks(folders + ([Path(generator)] if generator else []))
         if "discriminator" not in networks.folders:
             raise FastElectraError(f"{path} holds no discriminator (ElectraForPreTraining)")
+        if networks.embeddings_differ:
+            print(EMBEDDINGS_DIFFER, file=sys.stderr)
         tokenizer_dir, has_generator = networks.tokenizer_dir, "generator" in networks.folders
         electra = _build(networks.model, networks.vocab_size, networks.weights)
     else:
@@ -209,6 +214,6 @@ def run_import(args: Namespace) -> int:
     for network in ARCHITECTURES:
         print(f"{network}: {networks.folders.get(network, 'not given, initialised afresh')}")
     if networks.embeddings_differ:
-        print("the two networks' embeddings differ: took the discriminator's")
+        print(EMBEDDINGS_DIFFER)
     print(f"wrote {args.out}: start from it with training.init_from")
     return 0

@@ -216,6 +216,8 @@ def test_what_transformers_saved_survives_import_and_export(tmp_path, corpus, fo
             save_file({key: value.half() for key, value in load_file(weights).items()}, weights)
     assert fastelectra("import", *pair.iterdir(), "--out", tmp_path / "imported") == 0
     assert "embeddings differ: took the discriminator's" in capsys.readouterr().out
+    load_pretrained(pair)
+    assert "embeddings differ: took the discriminator's" in capsys.readouterr().err
     assert fastelectra("export", tmp_path / "imported", tmp_path / "out") == 0
     shared = load_file(tmp_path / "out/discriminator/model.safetensors")
     for name, model in loaded.items():
