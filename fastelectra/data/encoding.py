@@ -18,7 +18,7 @@ from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
 
 CHUNK_CHARACTERS = 1 << 20  # text handed to a worker at a time; a longer document is cut
-WORKER_BYTES = 8 << 20  # less text than this a worker is not worth starting a process
+WORKER_BYTES = 32 << 20  # less text than this a worker is not worth starting a process
 LINES_DTYPE = np.dtype("<u4")
 
 

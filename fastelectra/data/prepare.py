@@ -26,62 +26,40 @@ from fastelectra.data.writer import ShardWriter
 from fastelectra.errors import FastElectraError
 
 SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
+VOCAB_SIZE = 30522  # as the paper's
 SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
 _GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `prepare`."""
+    # fmt: off
     add = parser.add_argument
-    add(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help="files, folders or globs of .txt, .jsonl or .parquet, each also .gz or .zst",
-    )
+    add("inputs", nargs="*", metavar="INPUT",
+        help="files, folders or globs of .txt, .jsonl or .parquet, each also .gz or .zst")
     add("--demo", action="store_true", help="fetch and prepare the demo text (17 MB)")
     add("--out", metavar="DIR", help="folder to make (with --demo: data/demo)")
-    documents = parser.add_mutually_exclusive_group()
-    documents.add_argument(
-        "--one-document-per-file",
-        dest="documents",
-        action="store_const",
-        const="file",
-        default="blank-line",
-        help="a .txt file is one document (else blank lines separate them)",
-    )
-    documents.add_argument(
-        "--one-document-per-line",
-        dest="documents",
-        action="store_const",
-        const="line",
-        help="each line of a .txt file is a document",
-    )
-    add(
-        "--field",
-        default="text",
-        metavar="NAME",
-        help="of .jsonl and .parquet records: where the text is (default: text)",
-    )
+    document = parser.add_mutually_exclusive_group()
+    document.add_argument(
+        "--one-document-per-file", dest="documents", action="store_const", const="file",
+        default="blank-line", help="of .txt (otherwise blank lines separate documents)")
+    document.add_argument(
+        "--one-document-per-line", dest="documents", action="store_const", const="line",
+        help="of .txt")
+    add("--field", default="text", metavar="NAME",
+        help="of .jsonl and .parquet records that holds the text (default: text)")
     words = parser.add_mutually_exclusive_group()
     words.add_argument("--vocab", metavar="FILE", help="use this vocab.txt or tokenizer.json")
     words.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="train a WordPiece vocabulary of N entries (default: 30522, demo 8192)",
-    )
-    add("--cased", action="store_true", help="keep upper case, and accents (default: lower case)")
-    add("--keep-accents", action="store_true", help="lower case, but keep accents")
-    add(
-        "--heldout-fraction",
-        type=float,
-        default=0.01,
-        metavar="SHARE",
-        help="of the documents are kept for evaluation (default: 0.01)",
-    )
+        "--vocab-size", type=int, metavar="N",
+        help=f"train a WordPiece vocabulary (default: {VOCAB_SIZE}, demo {demo.VOCAB_SIZE})")
+    add("--cased", action="store_true", help="keep upper case and accents")
+    add("--keep-accents", action="store_true", help="make lower case, but keep accents")
+    add("--heldout-fraction", type=float, default=0.01, metavar="SHARE",
+        help="of the documents, kept for evaluation (default: 0.01)")
     add("--workers", type=int, default=_cores(), metavar="N",
-        help="processes; the result does not depend on it (default: one a core)")  # fmt: skip
+        help="processes; the result does not depend on them (default: one a core)")
+    # fmt: on
 
 
 def _cores() -> int:
@@ -153,7 +131,7 @@ def _settings(args: argparse.Namespace, sources: list[Source]) -> dict:
         words = {} if args.vocab.endswith(".json") else words
         words["sha256"] = file_sha256(Path(args.vocab))
     else:
-        words["size"] = args.vocab_size or (demo.VOCAB_SIZE if args.demo else 30522)
+        words["size"] = args.vocab_size or (demo.VOCAB_SIZE if args.demo else VOCAB_SIZE)
     return {
         "inputs": inputs,
         "documents": args.documents,
@@ -261,7 +239,8 @@ def _make_tokenizer(args: argparse.Namespace, sources: list[Source], settings: d
     share = SAMPLE_BYTES / sum(source.text_bytes for source in sources)
     with Progress("reading for the vocabulary", sum(source.size for source in sources)) as progress:
         texts = list(_sample(reader, share, lambda: progress.update(reader.bytes_read)))
-    return vocabulary.train(texts, settings["vocabulary"]["size"], *style)
+    with Progress("training the vocabulary", 0):
+        return vocabulary.train(texts, settings["vocabulary"]["size"], *style)
 
 
 def _sample(lines: Iterable[str | None], share: float, report: Callable[[], None]) -> Iterator[str]:
@@ -313,3 +292,9 @@ def _report(out: Path, manifest: Manifest) -> None:
         f" vocabulary {manifest.vocab_size:,}",
         file=sys.stderr,
     )
+    if counts["documents"] == 1:
+        print(
+            "warning: the text is a single document, so none is held out to evaluate on; blank"
+            " lines separate documents",
+            file=sys.stderr,
+        )

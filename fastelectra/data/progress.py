@@ -18,6 +18,8 @@ class Progress:
         self._first: int | None = None  # where a resumed work begins
 
     def __enter__(self) -> "Progress":
+        if self._terminal:
+            print(f"\r\x1b[K{self._title}", end="", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_) -> None:

@@ -51,6 +51,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 file
                 for file in path.rglob("*")
                 if not any(part.startswith(".") for part in file.relative_to(path).parts)
+                and not (file.parent / "tokenizer_config.json").exists()  # vocab.txt is no text
             )
         elif path.exists():
             if _suffixes(path) is None:
@@ -253,17 +254,27 @@ def _optional(module: str, source: Source):
 
 def _lines(stream: BinaryIO, source: Source | None) -> Iterator[str]:
     """Stripped lines, blank ones too; a line beyond LINE_BYTES in parts, cut at white space."""
-    offset, rest, inside = 0, b"", False
+    offset, rest = 0, b""
+    inside = False  # a line that has been cut
     while True:
-        data = rest + stream.readline(LINE_BYTES - len(rest))
+        block = stream.read(LINE_BYTES - len(rest))
+        data = rest + block
         if not data:
             return
-        whole = len(data) < LINE_BYTES or data.endswith(b"\n")
-        cut = len(data) if whole else _cut(data)
-        line = _decode(data[:cut], offset, source).strip()
-        if line or not inside:
-            yield line
-        rest, inside, offset = data[cut:], not whole, offset + cut
+        cut = data.rfind(b"\n") + 1 if block else len(data)
+        if cut == 0:
+            cut = _cut(data) if len(data) == LINE_BYTES else 0
+        lines = _decode(data[:cut], offset, source).split("\n")
+        last = lines.pop()  # empty after a newline
+        for line in lines:
+            text = line.strip()
+            if text or not inside:
+                yield text
+            inside = False
+        if last := last.strip():
+            yield last
+            inside = True
+        rest, offset = data[cut:], offset + cut
 
 
 def _cut(data: bytes) -> int:

@@ -133,10 +133,10 @@ class TestResult:
 def inputs(tmp_path_factory):
     """Three files of three kinds, with documents longer than a (small) chunk."""
     folder = tmp_path_factory.mktemp("inputs")
-    (folder / "a.txt").write_text(make_text(150, 1), encoding="utf-8")
-    long = make_text(150, 2).replace("\n\n", "\n")
+    (folder / "a.txt").write_text(make_text(80, 1), encoding="utf-8")
+    long = make_text(80, 2).replace("\n\n", "\n")
     (folder / "b.txt.gz").write_bytes(gzip.compress(long.encode()))
-    records = (json.dumps({"text": text}) for text in make_text(150, 3).split("\n\n"))
+    records = (json.dumps({"text": text}) for text in make_text(80, 3).split("\n\n"))
     (folder / "c.jsonl").write_text("\n".join(records))
     return folder
 
@@ -172,7 +172,7 @@ class TestReproducible:
         out, add, encoded = tmp_path / "out", writer.ShardWriter.add, []
 
         def interrupt(self, chunk):
-            if self.chunks == 9:
+            if self.chunks == 15:
                 raise KeyboardInterrupt
             add(self, chunk)
 
@@ -331,6 +331,13 @@ class TestRefusals:
         (tmp_path / "out/thesis.tex").write_text("x")
         assert "not a prepared corpus" in refusal(capsys, text, "--out", tmp_path / "out", *SMALL)
         assert os.listdir(tmp_path / "out") == ["thesis.tex"]
+
+    def test_a_single_document_is_not_held_out(self, tmp_path, capsys):
+        (tmp_path / "a.txt").write_text("The chef cooked the meal.\nIt was good.")
+        assert prepare(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab-size", 60) == 0
+        assert "warning: the text is a single document" in capsys.readouterr().err
+        corpus = open_corpus(tmp_path / "out")
+        assert (len(corpus.split("train")), len(corpus.split("heldout"))) == (1, 0)
 
     def test_an_empty_folder_is_used(self, text, tmp_path):
         (tmp_path / "out").mkdir()

@@ -127,8 +127,10 @@ def test_a_long_line_is_cut_between_words(tmp_path, monkeypatch):
 
 class TestFinding:
     def test_folders_globs_and_repeats(self, tmp_path):
-        for name in ("b/2.txt", "a/1.txt.gz", "3.jsonl", "README.md", ".hidden/4.txt"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
+        texts = ("b/2.txt", "a/1.txt.gz", "3.jsonl", "README.md", ".hidden/4.txt")
+        tokenizer = ("corpus/tokenizer/vocab.txt", "corpus/tokenizer/tokenizer_config.json")
+        for name in texts + tokenizer:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(b"x")
         (tmp_path / "link.txt").symlink_to(tmp_path / "b/2.txt")
 
