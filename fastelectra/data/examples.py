@@ -74,7 +74,10 @@ def cut_examples(lines, max_length, keep_tail, key):
     Lines are collected until they reach the target length or the document ends. The first line
     goes to A, the others too while A stays below its target; the line that overflows A goes there
     with probability ½, everything after it to B. What does not fit is the next example's first
-    line if `keep_tail`, else it is dropped. Returns starts (int64), A and B lengths (int32).
+    line if `keep_tail`, else it is dropped. (Google's code lets a short line still join A after B
+    has begun, out of order; here an example stays one span.)
+
+    Returns starts (int64 [E]), lengths of A and of B (int32 [E]).
     """
     most = 1  # every example but the last of a document uses two tokens at least
     for length in lines:
@@ -107,7 +110,7 @@ def cut_examples(lines, max_length, keep_tail, key):
             last += 1
         used = first + second
         first = min(first, max_length - 2)
-        second = min(second, max(0, max_length - 3 - first)) if used > first else 0
+        second = min(second, max(0, max_length - 3 - first))
         if keep_tail:
             used = first + second
         starts[count] = position
