@@ -1,6 +1,7 @@
 """The DeepSpeed engine: its section of the configuration checked, completed, and started."""
 
 import difflib
+import json
 import os
 import warnings
 from dataclasses import dataclass
@@ -56,9 +57,10 @@ def plan_engine(config: Config, process: Process) -> Plan:
             f"deepspeed.gradient_accumulation_steps = {user['gradient_accumulation_steps']}, but"
             f" training.batch_tokens / micro_batch_tokens / processes = {accumulation}: remove it"
         )
-    _check_section(user)
+    parsed = _parse_section(user)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
-    precision, why = _precision(user, device)
+    precision, why = _precision(user, parsed, device)
+    zero = user.get("zero_optimization", {})
     section = {
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,  # the trainer reports
@@ -67,14 +69,14 @@ def plan_engine(config: Config, process: Process) -> Plan:
         "train_micro_batch_size_per_gpu": 1,  # a sample, to DeepSpeed, is a micro-batch
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {
-            "stage": 0 if precision == "fp32" else 1,
+            "stage": int(precision != "fp32"),
             "memory_efficient_linear": False,  # else stage 3 replaces F.linear everywhere
-            **user.get("zero_optimization", {}),
+            **zero,
         },
     }
     if not any(key in user for key in PRECISIONS) and precision == "bf16":
         section["bf16"] = {"enabled": True}
-    stage = section["zero_optimization"]["stage"]
+    stage = parsed.zero_optimization_stage if "stage" in zero else int(precision != "fp32")
     return Plan(section, precision, why, stage, accumulation, device)
 
 
@@ -97,22 +99,22 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _precision(user: dict, device: torch.device) -> tuple[str, str]:
+def _precision(user: dict, parsed: DeepSpeedConfig, device: torch.device) -> tuple[str, str]:
     """(name, reason): as asked, or what the hardware is fast at."""
-    if user.get("fp16", {}).get("enabled") and device.type == "cpu":
+    if parsed.float16_config.enabled and device.type == "cpu":
         raise FastElectraError("deepspeed.fp16: training on a CPU takes bf16 or fp32, not fp16")
-    for key in PRECISIONS:
-        if user.get(key, {}).get("enabled"):
-            return {"bfloat16": "bf16", "torch_autocast": "fp32"}.get(key, key), "as asked"
     if any(key in user for key in PRECISIONS):
-        return "fp32", "as asked"
+        chosen = {"fp16": parsed.float16_config.enabled, "bf16": parsed.bfloat16_config.enabled}
+        return next((name for name, enabled in chosen.items() if enabled), "fp32"), "as asked"
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return "bf16", "this GPU is fast at it"
-        return "fp32", "this GPU has no fast bf16"
-    if _cpu_flags() & {"amx_bf16", "avx512_bf16"}:
-        return "bf16", "this CPU is fast at it"
-    return "fp32", "this CPU has no fast bf16"
+        fast, kind = torch.cuda.get_device_capability(device) >= (8, 0), "GPU"
+    else:
+        fast, kind = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"}), "CPU"
+    return (
+        ("bf16", f"this {kind} is fast at it")
+        if fast
+        else ("fp32", f"this {kind} has no fast bf16")
+    )
 
 
 def _cpu_flags() -> set[str]:
@@ -144,22 +146,24 @@ class _Asked(dict):
         return self
 
 
-def _check_section(user: dict) -> None:
+def _parse_section(user: dict) -> DeepSpeedConfig:
     """DeepSpeed ignores keys that it does not know and reports others at length: ask it here."""
     for key, value in user.items():
-        _parse({key: value}, key)
-    _parse(user, "")
+        _parse({key: value}, f"deepspeed.{key}")
+    parsed = _parse(user, "deepspeed")
     for key in user.keys() - _Asked.known:
         raise FastElectraError(f"unknown field deepspeed.{key}{_nearest(key, _Asked.known)}")
     clip = user.get("gradient_clipping", 1.0)
     if isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0:
         raise FastElectraError(f"deepspeed.gradient_clipping must be a number ≥ 0, got {clip!r}")
+    return parsed
 
 
-def _parse(section: dict, name: str) -> None:
-    where = f"deepspeed.{name}".rstrip(".")
+def _parse(section: dict, where: str) -> DeepSpeedConfig:
+    if '"auto"' in json.dumps(section):
+        raise FastElectraError(f'{where}: DeepSpeed does not understand "auto": remove that field')
     try:
-        DeepSpeedConfig(_Asked(section, train_micro_batch_size_per_gpu=1))
+        return DeepSpeedConfig(_Asked(section, train_micro_batch_size_per_gpu=1))
     except (TypeError, AttributeError):
         raise FastElectraError(f"{where} is not of the type that DeepSpeed expects") from None
     except Exception as error:  # its own, pydantic's, bare assertions

@@ -96,8 +96,8 @@ class Trainer:
             if logs:
                 mark = time.monotonic()
         if self.report:
-            self.process.say(f"finished: learning curves in {self.report.draw()}")
             self.report.close()
+            self.process.say(f"finished: learning curves in {self.report.picture}")
         torch.distributed.destroy_process_group()
 
     def _set_learning_rate(self, step: int) -> float:

@@ -37,6 +37,7 @@ class Report:
 
     def __init__(self, config: Config, step: int):
         self._run = Path(config.training.output_dir)
+        self.picture = self._run / "curves.png"
         self._steps = config.training.steps
         self._records = _cut(self._run / "metrics.jsonl", step)
         self._board = _tensorboard(self._run, step) if config.training.tensorboard else None
@@ -65,15 +66,13 @@ class Report:
         if self._wandb:
             self._wandb.log({**scalars, "step": record["step"]})
 
-    def draw(self) -> Path:
-        """Draw the learning curves so far; returns the picture's path."""
+    def draw(self) -> None:
+        """Draw the learning curves so far."""
         from fastelectra.training import curves  # a second of matplotlib, on this rank only
 
-        path = self._run / "curves.png"
-        curves.draw(self._records, path, f"Learning curves of {self._run.name}")
+        curves.draw(self._records, self.picture, f"Learning curves of {self._run.name}")
         if self._board:
             self._board.flush()
-        return path
 
     def close(self) -> None:
         """Finish what other programs read."""

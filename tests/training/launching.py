@@ -20,7 +20,8 @@ def tiny_config(corpus: Path, run: Path, **training) -> dict:
         "optimizer": {"peak_lr": 2e-3, "warmup_steps": 4},
         "training": {"output_dir": str(run), "steps": 20, "batch_tokens": 800,
                      "micro_batch_tokens": 400, "log_every": 5, "eval_every": 10,
-                     "eval_tokens": 2000, "checkpoint_every": 5, "keep_last": 4, **training},
+                     "eval_tokens": 2000, "checkpoint_every": 5, "keep_last": 4,
+                     "tensorboard": False, **training},
     }  # fmt: skip
 
 

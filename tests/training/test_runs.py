@@ -32,7 +32,7 @@ def straight(corpus, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("straight")
     config = folder / "config.json"
-    config.write_text(json.dumps(tiny_config(corpus, folder / "run")))
+    config.write_text(json.dumps(tiny_config(corpus, folder / "run", tensorboard=True)))
     command = [*deepspeed(1), "--config", str(config)]
     done = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=300, check=False

@@ -1,0 +1,176 @@
+"""What a user can get wrong: one clear line each, before anything is written."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launching import tiny_config
+
+from fastelectra.config import config_from_dict
+from fastelectra.data.shards import open_corpus
+from fastelectra.errors import FastElectraError
+from fastelectra.model.electra import Electra
+from fastelectra.training import checkpoint, launch
+from fastelectra.training.engine import plan_engine
+from fastelectra.training.launch import Process
+from fastelectra.training.report import check_outputs
+from fastelectra.training.resume import find_start, load_weights
+
+ALONE = Process(rank=0, world=1)
+
+
+def config_with(corpus, run="run", deepspeed=None, **sections):
+    values = tiny_config(corpus, run)
+    for section, fields in sections.items():
+        values[section] |= fields
+    return config_from_dict({**values, "deepspeed": deepspeed or {}})
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"zero_optimisation": {}}, "deepspeed.zero_optimisation; did you mean zero_optimization?"),
+        ({"zero_optimization": {"stge": 2}}, "deepspeed.zero_optimization.stge; did you mean stag"),
+        ({"zero_optimization": {"stage": 4}}, "deepspeed.zero_optimization.stage: Input should be"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "disk"}}},
+         "deepspeed.zero_optimization.offload_optimizer.device: Input should be"),
+        ({"zero_optimization": 2}, "deepspeed.zero_optimization is not of the type"),
+        ({"bf16": {"enabled": "auto"}}, 'deepspeed.bf16: DeepSpeed does not understand "auto"'),
+        ({"bf16": {"enabled": "yess"}}, "deepspeed.bf16.enabled: Input should be a valid boolean"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "be simultaneously enabled"),
+        ({"nebula": {}}, "deepspeed.nebula: Nebula checkpointing has been removed"),
+        ({"gradient_clipping": "1"}, "deepspeed.gradient_clipping must be a number"),
+        ({"train_batch_size": 8}, "it is set by training.batch_tokens"),
+        ({"train_micro_batch_size_per_gpu": 8}, "it is set by training.micro_batch_tokens"),
+        ({"optimizer": {"type": "AdamW"}}, "it is set by the optimizer section"),
+        ({"scheduler": {"type": "WarmupLR"}}, "it is set by optimizer.peak_lr"),
+        ({"gradient_accumulation_steps": 4}, "micro_batch_tokens / processes = 2: remove it"),
+    ],
+)  # fmt: skip
+def test_the_deepspeed_section_is_checked(corpus, section, message):
+    with pytest.raises(FastElectraError) as caught:
+        plan_engine(config_with(corpus, deepspeed=section), ALONE)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_deepspeed_section_is_passed_on_and_completed(corpus):
+    asked = {
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+        "bf16": {"enabled": True},
+        "wall_clock_breakdown": False,
+    }
+    plan = plan_engine(config_with(corpus, deepspeed=asked), ALONE)
+    assert {key: plan.section[key] for key in asked if key != "zero_optimization"} == {
+        key: value for key, value in asked.items() if key != "zero_optimization"
+    }
+    assert plan.section["zero_optimization"] == {
+        "stage": 3, "offload_optimizer": {"device": "cpu"}, "memory_efficient_linear": False
+    }  # fmt: skip
+    assert (plan.precision, plan.why, plan.stage, plan.accumulation) == ("bf16", "as asked", 3, 2)
+    plain = plan_engine(config_with(corpus, deepspeed={"bf16": {"enabled": False}}), ALONE)
+    assert (plain.precision, plain.stage, plain.section["gradient_clipping"]) == ("fp32", 0, 1.0)
+
+
+def test_a_world_that_cannot_share_the_batch(corpus):
+    config = config_with(corpus)
+    assert launch.accumulation(config, Process(0, 2)) == 1
+    with pytest.raises(FastElectraError, match="4 processes cannot share 2 micro-batches a step"):
+        launch.accumulation(config, Process(0, 4))
+
+
+def test_outputs_that_cannot_be_written(corpus, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FastElectraError, match=r"cannot write training\.output_dir .*directory"):
+        check_outputs(config_with(corpus, tmp_path / "file" / "run"))
+    with pytest.raises(FastElectraError, match=r"training\.output_dir is not set"):
+        check_outputs(config_with(corpus, ""))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    with pytest.raises(FastElectraError, match="wandb is not installed"):
+        check_outputs(config_with(corpus, tmp_path, training={"wandb_project": "electra"}))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.fixture
+def trained(corpus, tmp_path) -> Path:
+    """A run folder with a checkpoint of step 5."""
+    opened, config = open_corpus(corpus), config_with(corpus, tmp_path / "run")
+    model = Electra(config.model, opened.vocab_size, config.objective)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    checkpoint.write_checkpoint(
+        checkpoint.checkpoint_folder(tmp_path / "run", 5), weights, opened.tokenizer_dir, step=5,
+        position={"epoch": 0, "shard": 0, "batch": 10}, config=config.to_dict(),
+        vocab_size=opened.vocab_size, special_tokens={}, fingerprint=opened.fingerprint,
+    )  # fmt: skip
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "layers", 3),
+        ("model", "dropout", 0.2),
+        ("data", "mask_fraction", 0.25),
+        ("training", "seed", 1),
+        ("training", "micro_batch_tokens", 200),
+    ],
+)
+def test_what_a_resumed_run_may_not_change(corpus, trained, section, field, value):
+    with pytest.raises(FastElectraError, match=rf"{section}\.{field} = .*, now it is {value}"):
+        find_start(config_with(corpus, trained, **{section: {field: value}}), open_corpus(corpus))
+
+
+def test_what_a_resumed_run_may_change_is_told(corpus, trained):
+    config = config_with(
+        corpus, trained, optimizer={"peak_lr": 1e-4}, training={"steps": 40, "batch_tokens": 1600}
+    )
+    start = find_start(config, open_corpus(corpus))
+    assert (start.step, start.position.batch, start.resumes) == (5, 10, True)
+    assert start.notes[1:] == (
+        "changed: optimizer.peak_lr from 0.002 to 0.0001",
+        "changed: training.steps from 20 to 40",
+        "changed: training.batch_tokens from 800 to 1600",
+    )
+
+
+def test_data_of_another_tokenizer(corpus, trained, tmp_path):
+    other = shutil.copytree(corpus, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["fingerprint"] = "of another tokenizer"
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FastElectraError, match="was prepared with another tokenizer"):
+        find_start(config_with(other, trained), open_corpus(other))
+
+    tokenizer = other / "tokenizer" / "tokenizer.json"
+    values = json.loads(tokenizer.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
+    tokenizer.write_text(json.dumps(values))
+    fresh = {"init_from": str(trained), "output_dir": str(tmp_path / "new")}
+    find_start(config_with(corpus, training=fresh), open_corpus(corpus))
+    with pytest.raises(
+        FastElectraError, match=r"another tokenizer than .*--vocab .*tokenizer\.json"
+    ):
+        find_start(config_with(other, training=fresh), open_corpus(other))
+
+
+def test_weights_that_do_not_fit(corpus, trained, tmp_path):
+    folder, config = checkpoint.resolve(trained), config_with(corpus)
+    torch.manual_seed(1)
+    model = Electra(config.model, 1000, config.objective)
+    weights = load_weights(model, folder)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    config.model.embedding_size = 24
+    other = Electra(config.model, 1000, config.objective)
+    with pytest.raises(
+        FastElectraError, match=r"does not fit the model .*\[32, 16\] there and \[32, 24\]"
+    ):
+        load_weights(other, folder)
+    config = config_with(corpus, training={"init_from": str(tmp_path), "output_dir": "none"})
+    with pytest.raises(FastElectraError, match="no checkpoint in"):
+        find_start(config, open_corpus(corpus))
