@@ -16,6 +16,13 @@ TILE = 128  # tokens of the finer level of the cumulative distribution, on the P
 
 
 @jit
+def _logits(logits_ptr, token, stride, vocabulary, ACC: tl.constexpr):
+    """Base-2 logits of a row; read to its padded end, where a bound leaves whole words to load."""
+    z = tl.load(logits_ptr + token, token < stride, 0.0).to(ACC) * LOG2_E
+    return tl.where(token < vocabulary, z, -float("inf"))
+
+
+@jit
 def _row(
     logits_ptr, labels_ptr, uniforms_ptr, loss_ptr, sampled_ptr, correct_ptr, temperature,
     stride, vocabulary, GRADIENTS: tl.constexpr, TEMPERED: tl.constexpr, BV: tl.constexpr,
@@ -32,7 +39,7 @@ def _row(
     tempered = tl.full([], 0.0, ACC)
     for start in range(0, vocabulary, BV):
         token = start + tl.arange(0, BV)
-        z = tl.load(logits_ptr + token, token < vocabulary, -float("inf")).to(ACC) * LOG2_E
+        z = _logits(logits_ptr, token, stride, vocabulary, ACC)
         above = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(above == -float("inf"), 0.0, above)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(z - shift), 0)
@@ -51,7 +58,7 @@ def _row(
     tl.debug_barrier()  # the label's logit has been read before anything is written over it
     for start in range(0, vocabulary, BV):
         token = start + tl.arange(0, BV)
-        z = tl.load(logits_ptr + token, token < vocabulary, -float("inf")).to(ACC) * LOG2_E
+        z = _logits(logits_ptr, token, stride, vocabulary, ACC)
         mass = tl.exp2((z - top) / temperature) if TEMPERED else tl.exp2(z - top)
         last = tl.maximum(last, tl.max(tl.where(mass > 0, token, 0), 0))
         part = tl.sum(mass, 0)
@@ -63,7 +70,7 @@ def _row(
             p = tl.where(label >= 0, tl.exp2(z - lse), 0.0)
             p = tl.where(token == label, p - 1, p)
             p = p.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + token, p, token < vocabulary)
+            tl.store(logits_ptr + token, p, token < stride)
     tl.store(sampled_ptr + row, tl.where(sample < 0, last, sample))
 
 

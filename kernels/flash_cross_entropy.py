@@ -186,11 +186,12 @@ def _parts(blocks: int, tiles: int, slots: int, most: int) -> int:
     return min(range(1, min(most, tiles) + 1), key=time)
 
 
-def _constants(hidden, rows):
-    """Constants of a launch whose programs take `rows` rows, fewer where rows are long."""
+def _launch(hidden, narrow, wide):
+    """Options of a launch from (rows and tokens of a tile, warps, stages), for hidden's width."""
     width = max(16, power_of_two(hidden.shape[1]))
-    wide = width * hidden.element_size() > 256
-    return {"D": hidden.shape[1], "BD": width, "BM": rows // 2 if wide else rows, "BV": TILE}, wide
+    rows, tokens, warps, stages = narrow if width <= 128 else wide
+    return {"D": hidden.shape[1], "BD": width, "BM": rows, "BV": tokens, "num_warps": warps,
+            "num_stages": stages}  # fmt: skip
 
 
 @operation("flash_cross_entropy_sample")
@@ -208,20 +209,18 @@ def forward(
     tiles = -(-vocabulary // TILE)
     top, mass = loss.new_empty(tiles, rows), loss.new_empty(tiles, rows)
     tempered = mass if temperature == 1 else torch.empty_like(mass)
-    constants, wide = _constants(hidden, 128)
-    blocks = -(-rows // constants["BM"])
+    launch = _launch(hidden, (128, TILE, 8, 2), (64, TILE, 8, 1))
+    blocks = -(-rows // launch["BM"])
     parts = _parts(blocks, tiles, SLOTS, 16)
     _forward[(blocks, parts)](
         hidden, weight, bias, top, mass, tempered, temperature, rows, vocabulary, tiles,
-        -(-tiles // parts), TEMPERED=temperature != 1, **constants, num_warps=8,
-        num_stages=1 if wide else 2,
+        -(-tiles // parts), TEMPERED=temperature != 1, **launch,
     )  # fmt: skip
     losses, hits = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.float32)
-    del constants["BM"]
     _finish[(rows,)](
         hidden, weight, bias, labels, uniforms, top, mass, tempered, losses, sampled, hits, lse,
-        temperature, rows, vocabulary, tiles, BT=power_of_two(tiles), **constants,
-        num_warps=4,
+        temperature, rows, vocabulary, tiles, D=launch["D"], BD=launch["BD"],
+        BT=power_of_two(tiles), BV=TILE, num_warps=4,
     )  # fmt: skip
     return losses.sum(), sampled, hits.sum(), lse
 
@@ -244,22 +243,18 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ gradients of hidden [M, D], weight [V, D] and bias [V], in their types."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    tiles = -(-vocabulary // TILE)
-    constants, wide = _constants(hidden, 128)
-    blocks = -(-rows // constants["BM"])
+    launch = _launch(hidden, (128, 128, 8, 2), (64, 64, 8, 1))
+    blocks, tiles = -(-rows // launch["BM"]), -(-vocabulary // launch["BV"])
     parts = _parts(blocks, tiles, SLOTS // 2, 8)  # a program fills an SM's registers
     sums = lse.new_empty(parts, *hidden.shape)
     inputs = hidden, weight, bias, labels, lse, d_loss
     _d_hidden[(blocks, parts)](
-        *inputs, sums, rows, vocabulary, tiles, -(-tiles // parts), **constants, num_warps=8,
-        num_stages=1 if wide else 2,
+        *inputs, sums, rows, vocabulary, tiles, -(-tiles // parts), **launch
     )  # fmt: skip
     d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    constants, wide = _constants(hidden, 64)
-    _d_weight[(tiles,)](
-        *inputs, d_weight, d_bias, rows, vocabulary, **constants, num_warps=16 if wide else 8,
-        num_stages=1 if wide else 3,
-    )  # fmt: skip
+    launch = _launch(hidden, (64, 128, 8, 3), (32, 64, 8, 2))
+    tiles = -(-vocabulary // launch["BV"])
+    _d_weight[(tiles,)](*inputs, d_weight, d_bias, rows, vocabulary, **launch)
     return column_sums(sums, hidden.dtype), d_weight, d_bias
 
 

@@ -1,7 +1,7 @@
 """The generator's vocabulary projection, its cross-entropy, and one exact sample a row.
 
-Two ways, by the width of the embedding: `flash_cross_entropy` never holds logits in memory and pays
-with a recomputation, `chunked_cross_entropy` holds those of a chunk of rows.
+Two ways: `flash_cross_entropy` never holds logits in memory and pays with a recomputation;
+`chunked_cross_entropy`, for wide embeddings and for fp32, holds those of a chunk of rows.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from . import chunked_cross_entropy, flash_cross_entropy
 from .dispatch import use_triton
 
-FLASH_BYTES = 512  # of a row: 256 columns in 16 bits; a tile of more does not fit an SM
+FLASH_WIDTH = 256  # a tile of wider rows does not fit an SM
 
 
 def linear_cross_entropy_sample(
@@ -30,7 +30,8 @@ def linear_cross_entropy_sample(
     correct [] fp32: rows whose label has the largest logit, up to rounding.
     """
     inputs = hidden, weight, bias, labels, uniforms, float(temperature)
-    if use_triton(hidden) and hidden.shape[1] * hidden.element_size() <= FLASH_BYTES:
+    narrow = hidden.shape[1] <= FLASH_WIDTH and hidden.element_size() == 2  # tensor cores' types
+    if use_triton(hidden) and narrow:
         loss, sampled, correct, _ = flash_cross_entropy.forward(*inputs)
     else:
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))

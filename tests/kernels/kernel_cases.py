@@ -4,6 +4,7 @@ import functools
 
 import scipy.stats
 import torch
+from fastelectra.kernels import chunked_cross_entropy, flash_cross_entropy
 
 from fastelectra import kernels
 
@@ -26,10 +27,33 @@ def bias_gelu(g, rows, width):
     return [_normal(g, rows, width, scale=2), _normal(g, width)]
 
 
+def bias_gelu_layer_norm(g, rows, width):
+    return [*bias_gelu(g, rows, width), 1 + _normal(g, width, scale=0.1), _normal(g, width), 1e-12]
+
+
 def dropout_add_layer_norm(g, rows, width):
     x, residual = _normal(g, rows, width), _normal(g, rows, width)
     weight, bias = 1 + _normal(g, width, scale=0.1), _normal(g, width)
     return [x, _normal(g, width), residual, weight, bias, 0.0, torch.tensor([7]), 1e-12]
+
+
+def embed_layer_norm(g, rows, width):
+    tokens, segments = _integers(g, 40, rows).square() // 40, _integers(g, 2, rows)
+    positions = torch.arange(rows, dtype=torch.int32) % 11
+    tables = [_normal(g, size, width) for size in (40, 2, 13)]
+    weight, bias = 1 + _normal(g, width, scale=0.1), _normal(g, width)
+    seed = torch.tensor([7])
+    return [tokens, segments, positions, *tables, weight, bias, 0.0, seed, 1e-12]
+
+
+def masked_gather(g, rows, width):
+    return [_normal(g, rows, width), chosen_positions(g, rows, padding=min(rows, 3))]
+
+
+def replaced_token_loss(g, rows, width):
+    vectors = _normal(g, width), _normal(g, width, scale=width**-0.5), _normal(g, 1)
+    real = torch.tensor(rows * 4 // 5, dtype=torch.int32)
+    return [_normal(g, rows, width), *vectors, _integers(g, 2, rows), real]
 
 
 def linear_cross_entropy_sample(g, rows, width):
@@ -39,14 +63,33 @@ def linear_cross_entropy_sample(g, rows, width):
     return [hidden, weight, _normal(g, vocabulary), labels, torch.rand(rows, generator=g), 0.7]
 
 
-CASES = {
-    make.__name__: make for make in (bias_gelu, dropout_add_layer_norm, linear_cross_entropy_sample)
+def flash(*inputs):
+    """`linear_cross_entropy_sample` that way, in any precision."""
+    return flash_cross_entropy.forward(*inputs)[:3]
+
+
+def chunked(*inputs):
+    """`linear_cross_entropy_sample` that way, at any width."""
+    return chunked_cross_entropy.forward(*inputs, True)[:3]
+
+
+WAYS = {"flash_cross_entropy": flash, "chunked_cross_entropy": chunked}
+CASES = {  # name → maker of inputs, operation, the same in plain PyTorch
+    make.__name__: (
+        make,
+        getattr(kernels, make.__name__),
+        getattr(kernels, f"{make.__name__}_reference"),
+    )
+    for make in (bias_gelu, dropout_add_layer_norm)
+} | {
+    name: (linear_cross_entropy_sample, way, kernels.linear_cross_entropy_sample_reference)
+    for name, way in WAYS.items()
 }
 
 
 def make(name, rows, width, dtype=torch.float64, seed=0):
     """Inputs of an op; those to differentiate, made in fp64, require a gradient."""
-    inputs = CASES[name](torch.Generator().manual_seed(seed), rows, width)
+    inputs = CASES[name][0](torch.Generator().manual_seed(seed), rows, width)
     for value in inputs:
         if isinstance(value, torch.Tensor) and value.dtype == torch.float64:
             value.requires_grad_()
@@ -62,12 +105,12 @@ def convert(value, dtype):
 
 def operation(name):
     """The op's first output, as a function of its inputs."""
-    return functools.partial(_first, getattr(kernels, name))
+    return functools.partial(_first, CASES[name][1])
 
 
 def reference(name):
     """The same of its plain PyTorch form."""
-    return functools.partial(_first, getattr(kernels, f"{name}_reference"))
+    return functools.partial(_first, CASES[name][2])
 
 
 def _first(function, *inputs):

@@ -14,7 +14,7 @@ every_op = pytest.mark.parametrize("name", kernel_cases.CASES)
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
-    low = kernel_cases.make(name, 50, 72, dtype)
+    low = kernel_cases.make(name, 40, 72, dtype)
     exact = [kernel_cases.convert(value, torch.float64) for value in low]
     truth = kernel_cases.with_gradients(kernel_cases.reference(name), exact)
     plain = kernel_cases.with_gradients(kernel_cases.reference(name), low)
@@ -26,8 +26,8 @@ def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
 
 
 @every_op
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(rows=st.integers(0, 70), width=st.integers(1, 80))
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(rows=st.integers(0, 45), width=st.integers(1, 80))
 def test_any_shape(name, rows, width):
     inputs = kernel_cases.make(name, rows, width)
     fused = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
@@ -44,13 +44,13 @@ def test_gradcheck(name):
 
 @every_op
 def test_two_runs_are_bitwise_equal(name):
-    inputs = kernel_cases.make(name, 40, 24, torch.float32)
+    inputs = kernel_cases.make(name, 25, 24, torch.float32)
     once = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     twice = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-@pytest.mark.parametrize("name", set(kernel_cases.CASES) - {"linear_cross_entropy_sample"})
+@pytest.mark.parametrize("name", sorted(set(kernel_cases.CASES) - set(kernel_cases.WAYS)))
 def test_opcheck(name):
     forward = importlib.import_module(f"fastelectra.kernels.{name}").forward
     torch.library.opcheck(forward, kernel_cases.make(name, 6, 10, torch.float32))
