@@ -37,11 +37,12 @@ class Process:
 
 def prepare() -> Process:
     """Complete the environment; call before torch is imported. Returns this process's place."""
-    if "RANK" in os.environ:
-        threading.Thread(target=_end_with_launcher, daemon=True).start()
-    else:  # no launcher: a group of one
+    if "RANK" not in os.environ:  # no launcher: a group of one
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    deepspeed = b"deepspeed.launcher.launch" in _command_of(os.getppid())
+    if deepspeed or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_launcher, args=(deepspeed,), daemon=True).start()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
     # Threads that spin while they wait take the cores from those that work: 10 × on a busy machine.
@@ -61,19 +62,19 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _end_with_launcher() -> None:
+def _end_with_launcher(deepspeed: bool) -> None:
     """Leave no orphans: end this process when what launched it has gone.
 
     The `deepspeed` command starts deepspeed.launcher.launch, which starts the ranks; a signal to
     the first alone would leave the others running.
     """
     launcher = os.getppid()
-    front = _parent_of(launcher) if b"deepspeed.launcher.launch" in _command_of(launcher) else None
+    front = _parent_of(launcher)
     while True:
         time.sleep(1)
         if os.getppid() != launcher:
             os.kill(os.getpid(), signal.SIGTERM)
-        elif front is not None and _parent_of(launcher) != front:
+        elif deepspeed and _parent_of(launcher) != front:
             os.kill(launcher, signal.SIGTERM)  # it ends all its ranks
 
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -74,12 +75,11 @@ class Trainer:
         self.report = Report(self.config, first) if process.leads else None
         if process.leads:
             checkpoint.tidy(self.run, training.keep_last)
-        steps = self.stream.steps(self.start.position, first, process.rank, process.world)
         self.engine.train()
         meter, self.began = Meter(), time.monotonic()
         mark = self.began
         for step, (batches, position) in zip(
-            range(first + 1, training.steps + 1), prefetch(steps, AHEAD), strict=False
+            range(first + 1, training.steps + 1), prefetch(self._steps(), AHEAD), strict=False
         ):
             last = step == training.steps
             evaluates = last or step % training.eval_every == 0
@@ -100,6 +100,15 @@ class Trainer:
             self.process.say(f"finished: learning curves in {self.report.picture}")
         torch.distributed.destroy_process_group()
 
+    def _steps(self) -> Iterator[tuple[list[Batch], Position]]:
+        """This rank's micro-batches of each step, and the position after it."""
+        start, process = self.start, self.process
+        steps = self.stream.steps(start.position, start.step, process.rank, process.world)
+        if self.plan.device.type == "cpu":
+            yield from steps
+        for batches, position in steps:  # pinned, so that copies to the device need not wait
+            yield [batch.pin_memory() for batch in batches], position
+
     def _set_learning_rate(self, step: int) -> float:
         optimizer = self.config.optimizer
         lr = learning_rate(
@@ -109,20 +118,20 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _step(self, batches: list[Batch], meter: Meter, wants_norm: bool) -> float | None:
-        """One update. Returns the norm of the gradients before clipping if it is wanted."""
+    def _step(self, batches: list[Batch], meter: Meter, wants_norm: bool) -> float:
+        """One update. Returns the norm of the gradients before clipping; NaN if not wanted."""
+        norm = None
         for number, batch in enumerate(batches, 1):
             loss, metrics = self._forward(batch)
+            meter.add(metrics)
             # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
             self.engine.backward(loss * self.batches_per_step)
-            norm = None
             if wants_norm and number == len(batches):
                 norm = self._whole_norm()
             self.engine.step()
-            meter.add(metrics)
         if wants_norm and norm is None:
             norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return math.nan if norm is None else float(norm)
 
     def _whole_norm(self) -> torch.Tensor | None:
         """At stage 0 in fp32 DeepSpeed does not tell the norm that it clips by."""
@@ -135,7 +144,7 @@ class Trainer:
         return self.engine(batch.to(self.plan.device))
 
     def _log(
-        self, step: int, scores: dict[str, float], lr: float, norm: float | None, mark: float
+        self, step: int, scores: dict[str, float], lr: float, norm: float, mark: float
     ) -> None:
         if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
             raise FastElectraError(
