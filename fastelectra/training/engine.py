@@ -58,7 +58,8 @@ def plan_engine(config: Config, process: Process) -> Plan:
             f" training.batch_tokens / micro_batch_tokens / processes = {accumulation}: remove it"
         )
     parsed = _parse_section(user)
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if _cuda() else torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
     precision, why = _precision(user, parsed, device)
     zero = user.get("zero_optimization", {})
     section = {
@@ -92,11 +93,10 @@ def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSp
     optimizer = PaperAdam(groups, config.optimizer)
     if PaperAdam not in ZERO_SUPPORTED_OPTIMIZERS:  # it is element-wise, as torch's own
         ZERO_SUPPORTED_OPTIMIZERS.append(PaperAdam)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
+    for state in optimizer.state.values():  # of a trial step that must not count (stage 0, 16 bit)
+        state["step"].fill_(optimizer.adam_step(0))
+    return engine
 
 
 def _precision(user: dict, parsed: DeepSpeedConfig, device: torch.device) -> tuple[str, str]:

@@ -40,8 +40,9 @@ def step_batches(corpus):
     return [next(steps)[0] for _ in range(2)]
 
 
-def engine_of(process, corpus, weights, precision, stage):
+def engine_of(process, corpus, weights, precision, stage, **optimizer):
     config = tiny_config(corpus, "unused")
+    config["optimizer"] |= optimizer
     config["deepspeed"] = {
         **PRECISIONS[precision],
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -95,3 +96,13 @@ def test_every_stage_continues_what_another_began(process, corpus, step_batches,
                 torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance)
         moved = max((went_on[0][n] - kept[0][n]).abs().max().item() for n in kept[0])
         assert moved > 5e-4  # the step did something
+
+
+def test_the_first_update_is_the_first_at_every_stage(process, corpus, step_batches):
+    """DeepSpeed tries the optimizer out at stage 0 in 16 bit: bias correction must not see it."""
+    updated = []
+    for stage in (0, 1):
+        engine = engine_of(process, corpus, None, "bf16", stage, bias_correction=True)
+        updated.append(advance(engine, step_batches[0])[0])
+    for name, weight in updated[0].items():
+        torch.testing.assert_close(weight, updated[1][name], rtol=0, atol=5e-5)
