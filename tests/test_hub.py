@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import ODD, fastelectra, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -17,18 +18,13 @@ from transformers import (
     pipeline,
 )
 
-from fastelectra import cli, errors
-from fastelectra.config import Config, ModelConfig, ObjectiveConfig
+from fastelectra.config import ModelConfig
 from fastelectra.data.batch import Batch
 from fastelectra.data.shards import open_corpus
+from fastelectra.errors import FastElectraError
 from fastelectra.hub import load_pretrained
-from fastelectra.model import Electra
 from fastelectra.training import checkpoint
 
-ODD = ModelConfig(  # a generator of one head; embeddings narrower than both networks
-    layers=1, hidden_size=24, intermediate_size=40, heads=2, embedding_size=10,
-    generator_fraction=0.5, max_positions=48, dropout=0.0, attention_dropout=0.1,
-)  # fmt: skip
 SMALL = replace(ModelConfig(), layers=2)
 BIASED = replace(ODD, embedding_size=24, generator_fraction=0.3333, hidden_size=24, heads=3)
 SENTENCES = ["the people of the united states", "fellow citizens of the senate", "war"]
@@ -43,47 +39,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def electra(model, vocab_size, seed=0):
-    """Both networks with values that a mistake would show with: no zeros, no ones."""
-    network = Electra(model, vocab_size, ObjectiveConfig())
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            parameter.normal_(float(name.endswith("norm_weight")), 0.1, generator=generator)
-    return network.eval()
-
-
-def write_checkpoint(target, corpus, model=ODD, step=7):
-    """What a training run leaves behind; returns its networks."""
-    corpus = open_corpus(corpus)
-    network = electra(model, corpus.vocab_size)
-    config = Config(model=model)
-    config.data.max_length = min(config.data.max_length, model.max_positions)
-    checkpoint.write_checkpoint(
-        target,
-        {name: parameter.detach() for name, parameter in network.named_parameters()},
-        corpus.tokenizer_dir,
-        step=step,
-        position=None,
-        config=config.to_dict(),
-        vocab_size=corpus.vocab_size,
-        special_tokens=corpus.manifest.special_tokens,
-        fingerprint=corpus.fingerprint,
-    )
-    return network
-
-
 @pytest.fixture
 def exported(tmp_path, corpus):
     """A checkpoint's export."""
     write_checkpoint(tmp_path / "checkpoint", corpus)
     assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "exported") == 0
     return tmp_path / "exported"
-
-
-def fastelectra(*arguments):
-    """Exit code of a command."""
-    return errors.run(cli.main, [str(argument) for argument in arguments])
 
 
 def files(folder):
@@ -275,9 +236,9 @@ def test_load_pretrained_takes_every_kind_of_folder(tmp_path, corpus):
         for name, parameter in loaded.electra.named_parameters():
             if loaded.has_generator or not name.startswith("generator."):
                 assert torch.equal(parameter, expected[name]), name
-    with pytest.raises(errors.FastElectraError, match="holds no discriminator"):
+    with pytest.raises(FastElectraError, match="holds no discriminator"):
         load_pretrained(generator)
-    with pytest.raises(errors.FastElectraError, match="has a generator of its own"):
+    with pytest.raises(FastElectraError, match="has a generator of its own"):
         load_pretrained(run, generator)
 
 
