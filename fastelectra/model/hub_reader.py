@@ -48,6 +48,8 @@ class Networks:
 
 def hub_folders(path: Path) -> list[Path]:
     """The folder itself, or the parts of an export; empty if it is neither."""
+    if (path / "checkpoints").is_dir():
+        return []  # a run folder: its config.json is the run's
     if (path / "config.json").is_file():
         return [path]
     return [path / part for part in ARCHITECTURES if (path / part / "config.json").is_file()]

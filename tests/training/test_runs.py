@@ -17,6 +17,7 @@ from fastelectra.config import config_from_dict
 from fastelectra.data.batch import Batch, BatchShape
 from fastelectra.data.shards import open_corpus
 from fastelectra.data.stream import BatchStream, Position
+from fastelectra.hub import load_pretrained
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint
 
@@ -89,6 +90,7 @@ def test_a_run_leaves_what_it_promises(straight, corpus):
     assert steps == [5, 10, 15, 20]
     tokenizer = checkpoint.resolve(run) / "tokenizer" / "vocab.txt"
     assert tokenizer.read_bytes() == (corpus / "tokenizer" / "vocab.txt").read_bytes()
+    assert load_pretrained(run).has_generator
     for expected in (
         r"fp32 \(this CPU has no fast bf16\), ZeRO stage 0|bf16 \(this CPU is fast at it\)",
         r"batch: 400 tokens × 2 micro-batches × 1 processes = 800 tokens a step",
