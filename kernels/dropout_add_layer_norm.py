@@ -17,6 +17,8 @@ from .language import (
     dropout,
     dropout_threshold,
     jit,
+    layer_norm,
+    layer_norm_gradient,
     row_blocks,
     tl,
     upcast,
@@ -45,19 +47,11 @@ def _forward(
     EPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.arange(0, BH)
     z, at, inside = _sum_before_norm(
         x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
     )
-    mean = tl.sum(tl.where(inside, z, 0.0), 1) / H
-    centred = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + EPS)
-    weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
-    bias = upcast(tl.load(bias_ptr + column, column < H, 0.0))
-    y = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
-    tl.store(mean_ptr + row, mean, row < rows)
-    tl.store(rstd_ptr + row, rstd, row < rows)
 
 
 @jit
@@ -77,12 +71,7 @@ def _backward(
             x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
         )
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
-        rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
-        normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
-        normed = tl.where(inside, normed, 0.0)
-        scaled = dy * weight[None, :]
-        along = tl.sum(scaled * normed, 1)[:, None] / H
-        dz = (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd
+        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
         dx = dropout(dz, seed_ptr, row, R, BH, THRESHOLD)
         tl.store(d_residual_ptr + at, dz.to(d_residual_ptr.dtype.element_ty), inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)

@@ -1,7 +1,223 @@
-"""dropout(LayerNorm(word + segment + position rows)), the embedding of packed tokens."""
+"""dropout(LayerNorm(word + segment + position rows)), the embedding of packed tokens.
+
+Forward reads the three rows of each token and writes y; backward reads them again with dy and
+writes the gradient of their sum. Separate operations move three times as much. The table gradients
+are then sums of its rows: of each segment in registers, of each word and position in the order that
+a stable sort of the indices gives, one program a distinct index, in fp32. The same bits every time,
+where scattered additions race.
+"""
 
 import torch
 import torch.nn.functional as F
+
+from .dispatch import operation, use_triton
+from .language import (
+    PROGRAMS,
+    column_sums,
+    dropout,
+    dropout_threshold,
+    jit,
+    layer_norm,
+    layer_norm_gradient,
+    power_of_two,
+    row_blocks,
+    tl,
+    upcast,
+)
+
+
+@jit
+def _embed(
+    tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr, row, rows,
+    H: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """Sum of the three table rows of tokens row [R]; where the result lies; what of it exists."""
+    column = tl.arange(0, BH)
+    inside = (row < rows)[:, None] & (column < H)[None, :]
+    token = tl.load(tokens_ptr + row, row < rows, 0).to(tl.int64)[:, None] * H
+    segment = tl.load(segments_ptr + row, row < rows, 0)[:, None] * H
+    position = tl.load(positions_ptr + row, row < rows, 0)[:, None] * H
+    z = upcast(tl.load(word_ptr + token + column[None, :], inside, 0.0))
+    z += upcast(tl.load(segment_ptr + segment + column[None, :], inside, 0.0))
+    z += upcast(tl.load(position_ptr + position + column[None, :], inside, 0.0))
+    return z, row.to(tl.int64)[:, None] * H + column[None, :], inside
+
+
+@jit
+def _forward(
+    tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr,
+    weight_ptr, bias_ptr, seed_ptr, y_ptr, mean_ptr, rstd_ptr,
+    rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    z, at, inside = _embed(
+        tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr, row, rows,
+        H, BH,
+    )  # fmt: skip
+    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
+    y = dropout(y, seed_ptr, row, R, BH, THRESHOLD)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@jit
+def _backward(
+    dy_ptr, tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr,
+    weight_ptr, seed_ptr, mean_ptr, rstd_ptr, dz_ptr, sums_ptr,
+    rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    column = tl.arange(0, BH)
+    weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
+    d_weight = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    d_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    d_first = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    d_second = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        row = start + tl.arange(0, R)
+        z, at, inside = _embed(
+            tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr, row,
+            rows, H, BH,
+        )  # fmt: skip
+        dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
+        dy = dropout(dy, seed_ptr, row, R, BH, THRESHOLD)
+        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), inside)
+        second = tl.load(segments_ptr + row, row < rows, 0)[:, None] == 1
+        d_weight += dy * normed
+        d_bias += dy
+        d_first += tl.where(second, 0.0, dz)
+        d_second += tl.where(second, dz, 0.0)
+    sums_ptr += tl.program_id(0) * 4 * H + column
+    tl.store(sums_ptr, tl.sum(d_weight, 0), column < H)
+    tl.store(sums_ptr + H, tl.sum(d_bias, 0), column < H)
+    tl.store(sums_ptr + 2 * H, tl.sum(d_first, 0), column < H)
+    tl.store(sums_ptr + 3 * H, tl.sum(d_second, 0), column < H)
+
+
+@jit
+def _run_sum(
+    dz_ptr, sorted_ptr, order_ptr, index, first, rows, column,
+    H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Sum of dz over at most N rows of the run of `index` that goes on at `first`."""
+    place = first + tl.arange(0, N)
+    mine = tl.load(sorted_ptr + place, place < rows, -1) == index
+    row = tl.load(order_ptr + place, mine, 0)
+    inside = mine[:, None] & (column < H)[None, :]
+    return tl.sum(upcast(tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)), 0)
+
+
+@jit
+def _table_gradient(
+    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, rows, H: tl.constexpr, BC: tl.constexpr
+):
+    """The program of an index's first place among the sorted ones adds up its rows of dz."""
+    first = tl.program_id(0)
+    index = tl.load(sorted_ptr + first)
+    if tl.load(sorted_ptr + first - 1, first > 0, -1) != index:
+        column = tl.program_id(1) * BC + tl.arange(0, BC)
+        # most indices occur a few times, some a thousand
+        total = _run_sum(dz_ptr, sorted_ptr, order_ptr, index, first, rows, column, H, BC, 8)
+        first += 8
+        while tl.load(sorted_ptr + first, first < rows, -1) == index:
+            total += _run_sum(dz_ptr, sorted_ptr, order_ptr, index, first, rows, column, H, BC, 64)
+            first += 64
+        at = index.to(tl.int64) * H + column
+        tl.store(d_table_ptr + at, total.to(d_table_ptr.dtype.element_ty), column < H)
+
+
+@operation("embed_layer_norm")
+def forward(
+    tokens: torch.Tensor,
+    segments: torch.Tensor,
+    positions: torch.Tensor,
+    word: torch.Tensor,
+    segment: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ y [T, E], mean [T], 1/deviation [T]."""
+    outputs = _forward_outputs(tokens, segments, positions, word)
+    constants, warps = row_blocks(word.shape[1])
+    _forward[(-(-tokens.shape[0] // constants["R"]),)](
+        tokens, segments, positions, word, segment, position, weight, bias, seed, *outputs,
+        tokens.shape[0], THRESHOLD=dropout_threshold(p), EPS=eps, **constants, num_warps=warps,
+    )  # fmt: skip
+    return outputs
+
+
+def _forward_outputs(tokens, segments, positions, word, *_):
+    rows = tokens.shape[0]
+    mean = word.new_empty(rows, dtype=torch.promote_types(word.dtype, torch.float32))
+    return word.new_empty(rows, word.shape[1]), mean, torch.empty_like(mean)
+
+
+@operation("embed_layer_norm_backward")
+def backward(
+    dy: torch.Tensor,
+    tokens: torch.Tensor,
+    segments: torch.Tensor,
+    positions: torch.Tensor,
+    word: torch.Tensor,
+    segment: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    seed: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    p: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ gradients of word and position; of weight, bias and segment as one [4, E]."""
+    dz = torch.empty_like(dy)
+    constants, warps = row_blocks(word.shape[1])
+    programs = min(PROGRAMS, -(-dy.shape[0] // constants["R"]))
+    sums = mean.new_empty(programs, 4, word.shape[1])
+    _backward[(programs,)](
+        dy, tokens, segments, positions, word, segment, position, weight, seed, mean, rstd, dz,
+        sums, dy.shape[0], THRESHOLD=dropout_threshold(p), **constants, num_warps=warps,
+    )  # fmt: skip
+    return (
+        _sum_rows(dz, tokens, word),
+        _sum_rows(dz, positions, position),
+        column_sums(sums, torch.promote_types(segment.dtype, weight.dtype)),
+    )
+
+
+def _sum_rows(dz, indices, table):
+    """Gradient of a table of which rows were taken at indices [T]."""
+    d_table = torch.zeros_like(table)
+    ordered, order = torch.sort(indices, stable=True)
+    columns = min(128, power_of_two(table.shape[1]))
+    _table_gradient[(len(order), -(-table.shape[1] // columns))](
+        dz, ordered, order, d_table, len(order), H=table.shape[1], BC=columns, num_warps=4
+    )
+    return d_table
+
+
+@backward.register_fake
+def _(dy, tokens, segments, positions, word, segment, position, weight, *_):
+    dtype = torch.promote_types(segment.dtype, weight.dtype)
+    sums = word.new_empty(4, word.shape[1], dtype=dtype)
+    return word.new_empty(word.shape), position.new_empty(position.shape), sums
+
+
+def _save(ctx, inputs, output):
+    *saved, _, ctx.p, seed, _ = inputs
+    ctx.save_for_backward(*saved, seed, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx, dy, *_):
+    d_word, d_position, sums = backward(dy, *ctx.saved_tensors, ctx.p)
+    return None, None, None, d_word, sums[2:], d_position, sums[0], sums[1], None, None, None
+
+
+forward.register_fake(_forward_outputs)
+forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def embed_layer_norm(
@@ -22,9 +238,11 @@ def embed_layer_norm(
     tokens, segments, positions [T] int32: rows of word [V, E], segment [2, E], position [P, E].
     weight, bias [E]: of the LayerNorm. p: dropped share, 0 = none. seed [1] int64: of the mask.
     """
-    return embed_layer_norm_reference(
-        tokens, segments, positions, word, segment, position, weight, bias, p, seed, eps
-    )
+    tables = word, segment, position, weight, bias
+    arguments = tokens, segments, positions, *tables, p, seed, eps
+    if use_triton(word):
+        return forward(*arguments)[0]
+    return embed_layer_norm_reference(*arguments)
 
 
 def embed_layer_norm_reference(

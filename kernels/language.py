@@ -77,6 +77,49 @@ def dropout(x, seed_ptr, row, R: tl.constexpr, BH: tl.constexpr, THRESHOLD: tl.c
     return tl.where(bits >= THRESHOLD, x * (4294967296 / (4294967296 - THRESHOLD)), 0.0)
 
 
+@jit
+def layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside,
+               H: tl.constexpr, BH: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
+    """LayerNorm of z [R, BH]; leaves each row's mean and 1/deviation in memory."""
+    mean = tl.sum(tl.where(inside, z, 0.0), 1) / H
+    centred = tl.where(inside, z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + EPS)
+    tl.store(mean_ptr + row, mean, row < rows)
+    tl.store(rstd_ptr + row, rstd, row < rows)
+    column = tl.arange(0, BH)
+    weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
+    bias = upcast(tl.load(bias_ptr + column, column < H, 0.0))
+    return centred * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@jit
+def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H: tl.constexpr):
+    """Gradient of z [R, BH], and z normalised, from dy = gradient of layer_norm(z); 0 outside."""
+    rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
+    normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
+    normed = tl.where(inside, normed, 0.0)
+    scaled = dy * weight[None, :]
+    along = tl.sum(scaled * normed, 1)[:, None] / H
+    dz = (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd
+    return tl.where(inside, dz, 0.0), normed
+
+
+@jit
+def find(sorted_ptr, value, size, steps):
+    """Place of each value among `size` ascending numbers, and whether it is one of them.
+
+    Binary search; steps: the bits of `size`.
+    """
+    low = tl.zeros_like(value)
+    high = low + size
+    for _ in range(steps):
+        middle = (low + high) // 2
+        less = tl.load(sorted_ptr + middle, middle < size, 2147483647) < value
+        low = tl.where(less, middle + 1, low)
+        high = tl.where(less, high, middle)
+    return low, tl.load(sorted_ptr + low, low < size, 2147483647) == value
+
+
 def dropout_threshold(p: float) -> int:
     """THRESHOLD of `dropout` for a dropped share p."""
     return int(p * 2**32)

@@ -80,7 +80,14 @@ CASES = {  # name → maker of inputs, operation, the same in plain PyTorch
         getattr(kernels, make.__name__),
         getattr(kernels, f"{make.__name__}_reference"),
     )
-    for make in (bias_gelu, dropout_add_layer_norm)
+    for make in (
+        bias_gelu,
+        bias_gelu_layer_norm,
+        dropout_add_layer_norm,
+        embed_layer_norm,
+        masked_gather,
+        replaced_token_loss,
+    )
 } | {
     name: (linear_cross_entropy_sample, way, kernels.linear_cross_entropy_sample_reference)
     for name, way in WAYS.items()

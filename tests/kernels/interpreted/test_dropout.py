@@ -33,20 +33,20 @@ def mask(rows, width, p, seed):
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
-def test_layer_norm_drops_what_philox_says(p, seed):
-    x, x_bias, residual, weight, bias, *_, eps = kernel_cases.make("dropout_add_layer_norm", 37, 44)
-    inputs = [x, x_bias, residual, weight, bias]
+@pytest.mark.parametrize("name", ["dropout_add_layer_norm", "embed_layer_norm"])
+def test_drops_what_philox_says(name, p, seed):
+    *inputs, _, _, eps = kernel_cases.make(name, 37, 44)
     scale = mask(37, 44, p, seed)
 
-    def expected(x, x_bias, residual, weight, bias):
-        dropped = (x + x_bias) * scale
-        zero = torch.zeros_like(x_bias)
-        return kernels.dropout_add_layer_norm_reference(
-            dropped, zero, residual, weight, bias, 0.0, None, eps
-        )
+    def expected(*inputs):
+        if name == "embed_layer_norm":
+            return scale * kernels.embed_layer_norm_reference(*inputs, 0.0, None, eps)
+        x, x_bias, residual, *rest = inputs
+        x, x_bias = (x + x_bias) * scale, torch.zeros_like(x_bias)
+        return kernels.dropout_add_layer_norm_reference(x, x_bias, residual, *rest, 0.0, None, eps)
 
     def actual(*inputs):
-        return kernels.dropout_add_layer_norm(*inputs, p, torch.tensor([seed]), eps)
+        return getattr(kernels, name)(*inputs, p, torch.tensor([seed]), eps)
 
     for a, e in zip(
         kernel_cases.with_gradients(actual, inputs),
