@@ -183,7 +183,8 @@ def replaced_token_loss_reference(hidden, bias, weight, output_bias, replaced, r
     logits = (F.gelu(hidden + bias) @ weight + output_bias).to(statistics)
     real = torch.arange(hidden.shape[0], device=hidden.device) < real_tokens
     loss = F.binary_cross_entropy_with_logits(logits, replaced.to(statistics), reduction="none")
-    bin = ((logits.detach() + LIMIT) * (BINS / (2 * LIMIT))).floor().clamp(0, BINS - 1).long()
+    bin = ((logits.detach() + LIMIT) * (BINS / (2 * LIMIT))).floor()
+    bin = bin.nan_to_num().clamp(0, BINS - 1).long()  # a diverged run says so, not IndexError
     histogram = logits.new_zeros(2 * BINS, dtype=torch.float32)
     histogram.index_add_(0, bin + BINS * replaced, real.to(torch.float32))
     return loss.masked_fill(~real, 0).sum(), histogram.view(2, BINS)
