@@ -43,7 +43,8 @@ def straight(corpus, tmp_path_factory):
 
 
 def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def interrupted(run: Path, step: int, target: Path) -> Path:
@@ -223,6 +224,16 @@ def test_an_error_is_one_line_and_exit_code_2(corpus, train, tmp_path):
     assert len(re.findall("^error: ", output, re.MULTILINE)) == 1
     assert "error: 2 processes cannot share 3 micro-batches a step evenly" in output
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(corpus, train, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run")
+    config["optimizer"] = {"peak_lr": 1e30, "warmup_steps": 0}
+    code, output = train(PLAIN, config)
+    assert code == 2, output
+    assert re.search(r"^error: the loss is not a number at step 5: lower", output, re.MULTILINE)
+    assert records(tmp_path / "run") == []
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_a_full_disk_ends_the_run_and_leaves_nothing_half_written(corpus, train, tmp_path):
