@@ -16,7 +16,7 @@ from pathlib import Path
 from fastelectra.data.shards import file_sha256
 from fastelectra.errors import FastElectraError
 
-VOCAB_SIZE = 8192
+VOCAB_SIZE = 4096
 TEXT_SHA256 = "204d6cf19a223fe13a087ead08ff86663ae69cb967b9aa4784e57560c5b19710"
 
 

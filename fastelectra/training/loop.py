@@ -98,7 +98,8 @@ class Trainer:
                 mark = time.monotonic()
         if self.report:
             self.report.close()
-            self.process.say(f"finished: learning curves in {self.report.picture}")
+            self.process.say(f"finished; on held-out text\n{self.report.sketch()}")
+            self.process.say(f"learning curves: {self.report.picture}")
         torch.distributed.destroy_process_group()
 
     def _steps(self) -> Iterator[tuple[list[Batch], Position]]:

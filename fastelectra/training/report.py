@@ -10,6 +10,16 @@ from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
 
 
+BARS = "▁▂▃▄▅▆▇█"
+SKETCHED = {
+    "mlm_loss": "generator loss",
+    "mlm_accuracy": "generator accuracy",
+    "disc_loss": "discriminator loss",
+    "prior_loss": "of a constant guess",
+    "auc": "AUC of the replaced",
+}
+
+
 def check_outputs(config: Config) -> None:
     """Make the run folder and see that it can be written; rank 0 calls it before training.
 
@@ -74,12 +84,30 @@ class Report:
         if self._board:
             self._board.flush()
 
+    def sketch(self) -> str:
+        """The held-out curves in characters, one a line, for a terminal."""
+        evaluations = [record for record in self._records if record["kind"] == "eval"]
+        return "\n".join(
+            f"{title:>22}  {sparkline([record[name] for record in evaluations])}"
+            for name, title in SKETCHED.items()
+        )
+
     def close(self) -> None:
         """Finish what other programs read."""
         if self._board:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+def sparkline(values: list[float | None]) -> str:
+    """First value, a bar for each, last value: `0.53 ▁▂▅█ 0.87`. Missing values are left out."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
+    low, span = min(values), max(values) - min(values)
+    bars = "".join(BARS[round((len(BARS) - 1) * (v - low) / span)] if span else "▄" for v in values)
+    return f"{values[0]:.3f} {bars} {values[-1]:.3f}"
 
 
 def train_line(record: dict, steps: int) -> str:

@@ -12,6 +12,7 @@ from fastelectra.model.electra import Electra
 from fastelectra.training.flops import flops_per_token
 from fastelectra.training.metrics import area_under_curve, collapsed, entropy, scores
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
+from fastelectra.training.report import sparkline
 from fastelectra.training.schedule import learning_rate
 
 
@@ -121,3 +122,9 @@ def test_flops_of_a_token(model, length, share, megaflops):
     config = Config(model=model)
     config.data.max_length, config.data.mask_fraction = length, share
     assert flops_per_token(config, 30522) / 1e6 == pytest.approx(megaflops, rel=0.02)
+
+
+def test_sparklines_go_from_low_to_high():
+    assert sparkline([0.5, None, 0.6, 0.7]) == "0.500 ▁▅█ 0.700"
+    assert sparkline([1.0, 1.0]) == "1.000 ▄▄ 1.000"
+    assert sparkline([None]) == "–"
