@@ -19,7 +19,9 @@ COMMANDS = {  # name: (module, function that adds its arguments, function that r
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. Bad usage exits with 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="fastelectra", description="Pre-train ELECTRA on your own text")
+    parser = argparse.ArgumentParser(
+        prog="fastelectra", description="Pre-train ELECTRA on your own text"
+    )
     parser.add_argument("--version", action="version", version=f"fastelectra {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
 
-
 BARS = "▁▂▃▄▅▆▇█"
 SKETCHED = {
     "mlm_loss": "generator loss",
