@@ -96,7 +96,9 @@ def write_checkpoint(
             save_file(weights, folder / WEIGHTS)
             if moments is not None:
                 save_file(moments, folder / MOMENTS)
-            shutil.copytree(tokenizer_dir, folder / TOKENIZER)
+            (folder / TOKENIZER).mkdir()  # with our permissions: the corpus may be read-only
+            for file in tokenizer_dir.iterdir():
+                shutil.copyfile(file, folder / TOKENIZER / file.name)
             (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:  # the second wraps the first
         reason = getattr(error, "strerror", None) or error

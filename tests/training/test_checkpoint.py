@@ -58,6 +58,15 @@ def test_resolve_takes_a_checkpoint_or_the_newest_complete_one_of_a_run(tmp_path
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
 
 
+def test_a_checkpoint_of_a_read_only_corpus_can_be_removed(tmp_path, tokenizer_dir):
+    (tokenizer_dir / "vocab.txt").chmod(0o444)
+    tokenizer_dir.chmod(0o555)
+    target, *_ = write(tmp_path / "run", 5, tokenizer_dir)
+    tokenizer_dir.chmod(0o755)
+    assert (target / "tokenizer").stat().st_mode & 0o200  # else its owner cannot empty it
+    assert (target / "tokenizer" / "vocab.txt").stat().st_mode & 0o200
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer_dir):
     run = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
