@@ -153,7 +153,6 @@ def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> 
         **{theirs: getattr(model, ours) for ours, theirs in SHARED.items()},
         **dict(zip(SIZES.values(), sizes, strict=True)),
         **FIXED,
-        "initializer_range": 0.02,
         "pad_token_id": pad,
         "tie_word_embeddings": True,
     }

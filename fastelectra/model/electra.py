@@ -32,7 +32,7 @@ class Electra(nn.Module):
         )
         self.generator = Network(narrow, GeneratorHead(hidden_size, self.embeddings.word))
         self.discriminator = Network(model, DiscriminatorHead(model.hidden_size))
-        initialize(self)
+        initialize(self, model.initializer_range)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """This batch's share of the loss [] fp32, and sums (fp32) over the batch by name.
@@ -113,12 +113,12 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Siz
 
 
 @torch.no_grad()
-def initialize(electra: nn.Module) -> None:
-    """Tables and matrices: normal, σ .02, cut at 2 σ (BERT's). Biases 0, LayerNorm weights 1."""
+def initialize(electra: nn.Module, std: float) -> None:
+    """Tables and matrices: normal of σ `std`, cut at 2 σ. Biases 0, LayerNorm weights 1."""
     within = math.erf(2 / math.sqrt(2))  # the share of a normal distribution within 2 σ
     for name, parameter in electra.named_parameters():
         if parameter.ndim == 2:
-            parameter.uniform_(-within, within).erfinv_().mul_(0.02 * math.sqrt(2))
+            parameter.uniform_(-within, within).erfinv_().mul_(std * math.sqrt(2))
         elif name.endswith("norm_weight"):
             nn.init.ones_(parameter)
         else:

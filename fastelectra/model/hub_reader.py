@@ -22,6 +22,7 @@ SHARED = {  # fields of our model configuration that both of theirs have → the
     "max_positions": "max_position_embeddings",
     "dropout": "hidden_dropout_prob",
     "attention_dropout": "attention_probs_dropout_prob",
+    "initializer_range": "initializer_range",
 }
 SIZES = {  # those that differ between the networks, in the order of generator_sizes()
     "hidden_size": "hidden_size",
