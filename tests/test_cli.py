@@ -1,0 +1,54 @@
+"""The installed command and package, from a folder of their own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastelectra import __version__
+from fastelectra.cli import COMMANDS
+
+COMMAND = str(Path(sys.executable).with_name("fastelectra"))
+
+
+def output(folder, *command):
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_version(tmp_path):
+    assert output(tmp_path, COMMAND, "--version").stdout.split() == ["fastelectra", __version__]
+
+
+def test_help_names_every_command(tmp_path):
+    done = output(tmp_path, COMMAND, "--help")
+    assert done.returncode == 0
+    for name, (*_, text) in COMMANDS.items():
+        assert name in done.stdout
+        assert text in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_own_help(tmp_path, command):
+    done = output(tmp_path, COMMAND, command, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: fastelectra {command}")
+
+
+@pytest.mark.parametrize("arguments", [[], ["explode"], ["export"], ["explain", "hello"]])
+def test_bad_usage_is_two_and_no_traceback(tmp_path, arguments):
+    done = output(tmp_path, COMMAND, *arguments)
+    assert done.returncode == 2
+    assert "usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_kernels_are_ours_and_not_at_top_level(tmp_path):
+    code = (
+        "import fastelectra.kernels, importlib.util;"
+        "print(fastelectra.kernels.__file__, importlib.util.find_spec('kernels'))"
+    )
+    done = output(tmp_path, sys.executable, "-c", code)
+    file, top_level = done.stdout.split()
+    assert Path(file).parent.name == "kernels"
+    assert top_level == "None"
