@@ -154,7 +154,7 @@ def _parse_section(user: dict) -> DeepSpeedConfig:
     for key in user.keys() - _Asked.known:
         raise FastElectraError(f"unknown field deepspeed.{key}{_nearest(key, _Asked.known)}")
     clip = user.get("gradient_clipping", 1.0)
-    if isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0:
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not 0 <= clip < float("inf"):
         raise FastElectraError(f"deepspeed.gradient_clipping must be a number ≥ 0, got {clip!r}")
     return parsed
 

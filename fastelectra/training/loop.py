@@ -148,11 +148,7 @@ class Trainer:
     def _log(
         self, step: int, scores: dict[str, float], lr: float, norm: float, mark: float
     ) -> None:
-        if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
-            raise FastElectraError(
-                f"the loss is not a number at step {step}: lower optimizer.peak_lr or raise"
-                " optimizer.warmup_steps, and run the same command again"
-            )
+        _require_numbers(step, scores)
         now = time.monotonic()
         record = {"kind": "train", "step": step, **self._with_total(scores), "lr": lr}
         record["grad_norm"] = norm
@@ -184,6 +180,7 @@ class Trainer:
             meter.add(self._forward(batch)[1])
         self.engine.train()
         scores = meter.read()
+        _require_numbers(step, scores)
         if self.report:
             self.report.write({"kind": "eval", "step": step, **self._with_total(scores)})
             self.report.draw()
@@ -230,6 +227,15 @@ class Trainer:
             moments=moments,
         )
         checkpoint.tidy(self.run, self.config.training.keep_last)
+
+
+def _require_numbers(step: int, scores: dict[str, float]) -> None:
+    """End a run that has diverged, before it writes a checkpoint to go on from."""
+    if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
+        raise FastElectraError(
+            f"the loss is not a number at step {step}: lower optimizer.peak_lr or raise"
+            " optimizer.warmup_steps, and run the same command again"
+        )
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -43,6 +43,7 @@ def config_with(corpus, run="run", deepspeed=None, **sections):
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "be simultaneously enabled"),
         ({"nebula": {}}, "deepspeed.nebula: Nebula checkpointing has been removed"),
         ({"gradient_clipping": "1"}, "deepspeed.gradient_clipping must be a number"),
+        ({"gradient_clipping": float("nan")}, "deepspeed.gradient_clipping must be a number"),
         ({"train_batch_size": 8}, "it is set by training.batch_tokens"),
         ({"train_micro_batch_size_per_gpu": 8}, "it is set by training.micro_batch_tokens"),
         ({"optimizer": {"type": "AdamW"}}, "it is set by the optimizer section"),
