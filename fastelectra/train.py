@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
         if start.step >= config.training.steps:
             process.say(f"{start.folder}: this run is finished; raise training.steps to go on")
             return 0
-        if process.leads:
-            check_outputs(config)
         trainer = Trainer(config, corpus, process, plan, start)
+        if process.leads:
+            check_outputs(config)  # the first that writes
         for line in opening(trainer):
             process.say(line)
         trainer.train()

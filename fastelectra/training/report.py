@@ -34,7 +34,7 @@ def check_outputs(config: Config) -> None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         text = json.dumps(config.to_dict(), indent=2) + "\n"
-        (run / "config.json").write_text(text, encoding="utf-8")
+        _replace(run / "config.json", text)
     except OSError as error:
         raise FastElectraError(
             f"cannot write training.output_dir {run}: {error.strerror}"
@@ -166,10 +166,18 @@ def _cut(path: Path, step: int) -> list[dict]:
             continue
         if record["step"] <= step:
             records.append(record)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    temporary.replace(path)
+    _replace(path, "".join(json.dumps(r) + "\n" for r in records))
     return records
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file whole, or leave it as it was."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _tensorboard(run: Path, step: int):

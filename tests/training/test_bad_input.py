@@ -1,6 +1,7 @@
 """What a user can get wrong: one clear line each, before anything is written."""
 
 import json
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_outputs_that_cannot_be_written(corpus, tmp_path, monkeypatch):
     with pytest.raises(FastElectraError, match="wandb is not installed"):
         check_outputs(config_with(corpus, tmp_path, training={"wandb_project": "electra"}))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_settings(corpus, tmp_path):
+    check_outputs(config_with(corpus, tmp_path))
+    before = (tmp_path / "config.json").read_text()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # stands in for a full disk
+    try:
+        with pytest.raises(FastElectraError, match=r"cannot write training\.output_dir"):
+            check_outputs(config_with(corpus, tmp_path, training={"steps": 40}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "config.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.json"}
 
 
 @pytest.fixture

@@ -226,6 +226,15 @@ def test_an_error_is_one_line_and_exit_code_2(corpus, train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_that_do_not_fit_leave_no_run_folder(straight, corpus, train, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", init_from=str(straight[0]))
+    config["model"]["layers"] = 3
+    code, output = train(PLAIN, config)
+    assert code == 2, output
+    assert "does not fit the model section" in output
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("steps", "step", "written"), [(20, 5, 0), (1, 1, 1)])
 def test_a_loss_that_is_not_a_number_ends_the_run(corpus, train, tmp_path, steps, step, written):
     config = tiny_config(corpus, tmp_path / "run", steps=steps)
