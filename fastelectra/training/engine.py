@@ -30,6 +30,8 @@ SET_BY = {  # keys of the section that other fields decide
     "gradient_allreduce_op": "the trainer, which sums over the global batch",
     "optimizer": "the optimizer section",
     "scheduler": "optimizer.peak_lr and optimizer.warmup_steps",
+    "tensor_parallel": "the trainer, which only shares batches among processes",
+    "sequence_parallel_size": "the trainer, which only shares batches among processes",
 }
 PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")  # keys by which a user may choose one
 
@@ -82,7 +84,10 @@ def plan_engine(config: Config, process: Process) -> Plan:
 
 
 def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSpeedEngine:
-    """Join the other ranks and hand the model to DeepSpeed."""
+    """Join the other ranks and hand the model to DeepSpeed.
+
+    Raises FastElectraError for what only starting it shows, as an operation that CPUs lack.
+    """
     if plan.device.type == "cpu":  # else it compiles an op that training never uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
@@ -93,7 +98,10 @@ def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSp
     optimizer = PaperAdam(groups, config.optimizer)
     if PaperAdam not in ZERO_SUPPORTED_OPTIMIZERS:  # it is element-wise, as torch's own
         ZERO_SUPPORTED_OPTIMIZERS.append(PaperAdam)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
+    try:
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.section)[0]
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise FastElectraError(f"DeepSpeed cannot do what deepspeed asks: {error!r}") from error
     for state in optimizer.state.values():  # of a trial step that must not count (stage 0, 16 bit)
         state["step"].fill_(optimizer.adam_step(0))
     return engine

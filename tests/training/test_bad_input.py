@@ -15,7 +15,7 @@ from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, launch
-from fastelectra.training.engine import plan_engine
+from fastelectra.training.engine import plan_engine, start_engine
 from fastelectra.training.launch import Process
 from fastelectra.training.report import check_outputs
 from fastelectra.training.resume import find_start, load_weights
@@ -49,6 +49,8 @@ def config_with(corpus, run="run", deepspeed=None, **sections):
         ({"train_micro_batch_size_per_gpu": 8}, "it is set by training.micro_batch_tokens"),
         ({"optimizer": {"type": "AdamW"}}, "it is set by the optimizer section"),
         ({"scheduler": {"type": "WarmupLR"}}, "it is set by optimizer.peak_lr"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "only shares batches among processes"),
+        ({"sequence_parallel_size": 2}, "only shares batches among processes"),
         ({"gradient_accumulation_steps": 4}, "micro_batch_tokens / processes = 2: remove it"),
     ],
 )  # fmt: skip
@@ -57,6 +59,18 @@ def test_the_deepspeed_section_is_checked(corpus, section, message):
         plan_engine(config_with(corpus, deepspeed=section), ALONE)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_deepspeed_refuses_when_it_starts(corpus, monkeypatch):
+    def initialize(**_):
+        raise ValueError("This op had not been implemented on CPU backend.")
+
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **_: None)
+    monkeypatch.setattr("deepspeed.initialize", initialize)
+    config = config_with(corpus, deepspeed={"zero_optimization": {"zero_quantized_weights": True}})
+    model = Electra(config.model, 1000, config.objective)
+    with pytest.raises(FastElectraError, match=r"cannot do what deepspeed asks.*CPU backend"):
+        start_engine(model, config, plan_engine(config, ALONE))
 
 
 def test_the_deepspeed_section_is_passed_on_and_completed(corpus):
