@@ -89,7 +89,7 @@ forward.register_fake(lambda x, bias: x.new_empty(x.shape))
 backward.register_fake(lambda dy, x, bias: (x.new_empty(x.shape), bias.new_empty(bias.shape)))
 forward.register_autograd(
     lambda ctx, dy: backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
 

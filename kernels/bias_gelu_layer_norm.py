@@ -118,16 +118,15 @@ def _(dy, x, bias, weight, *_):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dy, *_):
+def _differentiate(ctx, dy):
     dx, sums = backward(dy, *ctx.saved_tensors)
     return dx, *sums.unbind(), None
 
 
 forward.register_fake(_forward_outputs)
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)
 
 
 def bias_gelu_layer_norm(

@@ -192,16 +192,12 @@ def _(hidden, weight, bias, labels, uniforms, temperature, gradients):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output[3:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # not a table of zeros for the gradients' own gradients
     ctx.dtypes = [tensor.dtype for tensor in inputs[:3]]
 
 
-def _differentiate(ctx, d_loss, *_):
-    if d_loss is None:
-        return (None,) * 7
+def _differentiate(ctx, d_loss):
     gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
     return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), *(None,) * 4
 
 
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)

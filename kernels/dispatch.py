@@ -53,19 +53,61 @@ def describe() -> str:
     return "kernels: PyTorch (no CUDA device; the Triton kernels need one)"
 
 
-def operation(name: str):
-    """Register a function of tensors as the custom op fastelectra::name, for torch.compile.
+class Operation:
+    """A function of tensors, of whose outputs the first alone may have a gradient.
 
-    Its tensors reach it contiguous, with their device the current one.
+    torch.compile sees the custom op fastelectra::name. Eager code takes a shorter way to the same
+    function, since a custom op's bookkeeping costs as much time as ten launches. The function
+    gets its tensors contiguous, with the first one's device the current device.
     """
 
-    def register(function):
+    def __init__(self, name: str, function):
         @functools.wraps(function)
-        def prepared(*arguments):
-            tensors = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
+        def run(*arguments):
+            ready = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
             with torch.cuda.device_of(arguments[0]):
-                return function(*tensors)
+                return function(*ready)
 
-        return torch.library.custom_op(f"fastelectra::{name}", prepared, mutates_args=())
+        self.run, self.node = run, None
+        self.custom_op = torch.library.custom_op(f"fastelectra::{name}", run, mutates_args=())
+        self.register_fake = self.custom_op.register_fake
 
-    return register
+    def register_autograd(self, differentiate, save) -> None:
+        """save(ctx, inputs, output) keeps what differentiate(ctx, gradient of output) needs.
+
+        differentiate returns the gradients of the inputs, None for those that have none.
+        """
+
+        def setup_context(ctx, inputs, output):
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)  # no zeros for outputs that have no gradient
+            ctx.inputs = len(inputs)
+            save(ctx, inputs, output)
+
+        def backward(ctx, gradient, *_):
+            return (None,) * ctx.inputs if gradient is None else differentiate(ctx, gradient)
+
+        class Node(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *arguments):
+                output = self.run(*arguments)
+                setup_context(ctx, arguments, output)
+                return output
+
+        Node.backward = staticmethod(backward)
+        self.node = Node
+        self.custom_op.register_autograd(backward, setup_context=setup_context)
+
+    def __call__(self, *arguments):
+        plain = type(arguments[0]) in (torch.Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or not plain:
+            return self.custom_op(*arguments)
+        if self.node is None or not torch.is_grad_enabled():
+            return self.run(*arguments)
+        return self.node.apply(*arguments)
+
+
+def operation(name: str):
+    """Decorator that makes a function an Operation of this name."""
+    return functools.partial(Operation, name)

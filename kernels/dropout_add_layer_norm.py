@@ -144,17 +144,16 @@ def _(dy, x, x_bias, residual, weight, *_):
 def _save(ctx, inputs, output):
     x, x_bias, residual, weight, _, ctx.p, seed, _ = inputs
     ctx.save_for_backward(x, x_bias, residual, weight, seed, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dy, *_):
+def _differentiate(ctx, dy):
     dx, d_residual, sums = backward(dy, *ctx.saved_tensors, ctx.p)
     d_x_bias, d_weight, d_bias = sums.unbind()
     return dx, d_x_bias, d_residual, d_weight, d_bias, None, None, None
 
 
 forward.register_fake(_forward_outputs)
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)
 
 
 def dropout_add_layer_norm(

@@ -208,16 +208,15 @@ def _(dy, tokens, segments, positions, word, segment, position, weight, *_):
 def _save(ctx, inputs, output):
     *saved, _, ctx.p, seed, _ = inputs
     ctx.save_for_backward(*saved, seed, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, dy, *_):
+def _differentiate(ctx, dy):
     d_word, d_position, sums = backward(dy, *ctx.saved_tensors, ctx.p)
     return None, None, None, d_word, sums[2:], d_position, sums[0], sums[1], None, None, None
 
 
 forward.register_fake(_forward_outputs)
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)
 
 
 def embed_layer_norm(

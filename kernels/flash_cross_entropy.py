@@ -265,12 +265,11 @@ def _(d_loss, hidden, weight, bias, *_):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], output[3])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, d_loss, *_):
+def _differentiate(ctx, d_loss):
     return *backward(d_loss, *ctx.saved_tensors), None, None, None
 
 
 forward.register_fake(_forward_outputs)
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)

@@ -82,7 +82,7 @@ forward.register_fake(_forward_output)
 backward.register_fake(_backward_output)
 forward.register_autograd(
     lambda ctx, d_gathered: (backward(d_gathered, *ctx.saved_tensors, ctx.rows), None),
-    setup_context=_save,
+    _save,
 )
 
 

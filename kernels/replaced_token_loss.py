@@ -143,17 +143,16 @@ def _(d_loss, hidden, bias, weight, d_logits):
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], output[2])
-    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx, d_loss, *_):
+def _differentiate(ctx, d_loss):
     d_hidden, sums = backward(d_loss, *ctx.saved_tensors)
     width = d_hidden.shape[1]
     return d_hidden, sums[:width], sums[width:-1], sums[-1:], None, None
 
 
 forward.register_fake(_forward_outputs)
-forward.register_autograd(_differentiate, setup_context=_save)
+forward.register_autograd(_differentiate, _save)
 
 
 def replaced_token_loss(

@@ -96,7 +96,7 @@ def test_samples_do_not_depend_on_chunks_or_on_other_rows(monkeypatch):
 
 @either_way
 def test_samples_of_a_full_vocabulary_follow_it(way):
-    rows, vocabulary = 120, 30_522
+    rows, vocabulary = 80, 30_522
     g = torch.Generator().manual_seed(3)
     hidden = torch.zeros(rows, WIDTH)
     hidden[rows // 2 :, 0] = 3  # half the rows have a flat distribution, half a peaked one
@@ -109,7 +109,7 @@ def test_samples_of_a_full_vocabulary_follow_it(way):
     exact = kernel_cases.exact_distribution(hidden[[0, -1]], weight, bias, 1.0)
     kernel_cases.assert_inverse_of(exact.repeat_interleave(rows // 2, 0), uniforms, sampled)
     for distribution, samples in zip(exact, sampled.chunk(2), strict=True):
-        kernel_cases.assert_follows(distribution, samples, groups=10)
+        kernel_cases.assert_follows(distribution, samples, groups=8)
     nll = -exact.diff()[:, 0].log().mean().item()
     assert math.isclose(loss.item() / rows, nll, rel_tol=1e-5)
 
@@ -159,4 +159,4 @@ def test_only_the_loss_has_a_gradient(way):
 def test_opcheck(module):
     hidden, *rest = head(4, vocabulary=150)
     wanted = (True,) if module is chunked_cross_entropy else ()
-    torch.library.opcheck(module.forward, (hidden.requires_grad_(), *rest, 0.8, *wanted))
+    torch.library.opcheck(module.forward.custom_op, (hidden.requires_grad_(), *rest, 0.8, *wanted))
