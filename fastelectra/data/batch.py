@@ -27,7 +27,7 @@ def masked_count(length: int, mask_fraction: float) -> int:
 
     At most length − 2 or − 3: [CLS] and [SEP] are never chosen; the masker clips.
     """
-    return max(1, int(mask_fraction * length + 0.5))
+    return max(1, round(mask_fraction * length))
 
 
 @dataclass

@@ -8,10 +8,10 @@ of (shard, settings, key).
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from fastelectra.data.batch import BatchShape, masked_count
 from fastelectra.data.counters import below, draw, key_of, permutation, uniform
+from fastelectra.data.jit import njit
 
 ONE_SEGMENT_SHARE = 0.1  # of the examples have no B
 SHORT_SHARE = 0.05  # of the examples aim at a random length in [5, max_length]
@@ -67,7 +67,7 @@ def _sums(values: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return np.diff(running[bounds])
 
 
-@njit(cache=True, nogil=True)
+@njit
 def cut_examples(lines, max_length, keep_tail, key):
     """Google's segment rule over `lines` (uint32: tokens of each line, 0 = end of document).
 
@@ -129,7 +129,7 @@ def cut_examples(lines, max_length, keep_tail, key):
     return starts[:count].copy(), firsts[:count].copy(), seconds[:count].copy()
 
 
-@njit(cache=True, nogil=True)
+@njit
 def pack(lengths, chosen, arrival, tokens, sequences, masked):
     """Best fit: each example, in order of arrival, to the fullest open batch that has room.
 
@@ -173,7 +173,7 @@ def pack(lengths, chosen, arrival, tokens, sequences, masked):
     return order, bounds
 
 
-@njit(cache=True, nogil=True)
+@njit
 def choose(key, candidates, quota, replacement, chosen):
     """Mark `quota` of `candidates` in chosen (bool [≥ candidates]), uniformly; returns how many.
 
@@ -194,7 +194,7 @@ def choose(key, candidates, quota, replacement, chosen):
     return count
 
 
-@njit(cache=True, nogil=True)
+@njit
 def _count_distinct(candidates, quota, key):
     counts = np.empty_like(quota)
     chosen = np.empty(candidates.max() if len(candidates) else 0, np.bool_)
@@ -205,7 +205,7 @@ def _count_distinct(candidates, quota, key):
     return counts
 
 
-@njit(cache=True, nogil=True)
+@njit
 def fill(tokens, examples, starts, first, second, quota, replacement, key, special, ids, masks,
          boundaries, uniforms):  # fmt: skip
     """Write a batch of `examples` (indices into starts, first, second, quota) into zeroed arrays.

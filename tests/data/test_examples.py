@@ -1,5 +1,8 @@
 """The segment rule, packing, and masking."""
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -190,6 +193,14 @@ class TestCounters:
     def test_the_largest_uniform_is_below_one_in_float32(self):
         assert np.float32(((1 << 24) - 1) * (1.0 / (1 << 24))) < 1
 
+    def test_no_place_for_a_cache_of_compiled_code(self):
+        program = "from fastelectra.data.counters import draw; print(draw(0, 0))"
+        environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "_UserProvidedCacheLocator"}
+        environment.pop("NUMBA_CACHE_DIR", None)
+        command = [sys.executable, "-c", program]
+        printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
+        assert int(printed) == draw(0, 0)
+
     def test_the_generator_is_splitmix64(self):
         """Published first numbers of seed 0; a later version must repeat a run's data."""
         published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
@@ -311,5 +322,6 @@ class TestBatches:
 
     def test_short_examples_have_at_least_one_chosen_position(self):
         assert masked_count(3, 0.15) == 1
+        assert masked_count(30, 0.15) == round(4.5) == 4
         assert masked_count(128, 0.15) == 19
         assert masked_count(512, 0.25) == 128
