@@ -47,26 +47,32 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            candidates = sorted(
-                file
-                for file in path.rglob("*")
-                if not any(part.startswith(".") for part in file.relative_to(path).parts)
-                and not (file.parent / "tokenizer_config.json").exists()  # vocab.txt is no text
-            )
+            candidates = _below(path)
         elif path.exists():
             if _suffixes(path) is None:
                 raise FastElectraError(f"{path}: unknown kind of file; {_expected()}")
             candidates = [path]
         else:
-            candidates = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-            if not candidates:
+            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            if not matches:
                 raise FastElectraError(f"{name}: no such file or folder")
+            candidates = [file for match in matches for file in _below(match) or [match]]
         files = [file for file in candidates if _suffixes(file) is not None and file.is_file()]
         if not files:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
         for file in files:
             found.setdefault(file.resolve(), Source(file, *_suffixes(file), file.stat().st_size))
     return list(found.values())
+
+
+def _below(folder: Path) -> list[Path]:
+    """What lies below a folder, in order, but nothing hidden; empty for a file."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and not (file.parent / "tokenizer_config.json").exists()  # vocab.txt is no text
+    )
 
 
 def _suffixes(path: Path) -> tuple[str, str] | None:
@@ -136,12 +142,13 @@ class Reader:
                 continue
             try:
                 values = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # the first also for huge numbers
                 raise FastElectraError(f"{where}: not JSON: {error}") from None
             if not isinstance(values, dict) or self.field not in values:
-                names = ", ".join(list(values)[:8]) if isinstance(values, dict) else "no fields"
+                names = list(values)[:8] if isinstance(values, dict) else []
                 raise FastElectraError(
-                    f"{where}: no field {self.field!r} (there is {names}); name it with --field"
+                    f"{where}: no field {self.field!r} (there is {', '.join(names) or 'none'});"
+                    " name it with --field"
                 )
             yield from self._record(values[self.field], where)
 

@@ -128,6 +128,10 @@ def _from_json(text: str, path: Path) -> Tokenizer:
         )
     if sorted(tokenizer.get_vocab().values()) != list(range(tokenizer.get_vocab_size())):
         raise FastElectraError(f"{path}: the ids of the vocabulary do not run from 0 without a gap")
+    if tokenizer.token_to_id(tokenizer.model.unk_token) is None:
+        raise FastElectraError(
+            f"{path}: its unknown token {tokenizer.model.unk_token} is not in the vocabulary"
+        )
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

@@ -139,6 +139,7 @@ class TestFinding:
 
         assert names(str(tmp_path)) == ["3.jsonl", "a/1.txt.gz", "b/2.txt"]
         assert names(f"{tmp_path}/*/*.txt*") == ["a/1.txt.gz", "b/2.txt"]
+        assert names(f"{tmp_path}/[ab]") == ["a/1.txt.gz", "b/2.txt"]
         assert names(f"{tmp_path}/b", f"{tmp_path}/b/../b/2.txt") == ["b/2.txt"]
 
     @pytest.mark.parametrize(
@@ -163,6 +164,8 @@ BAD = {
     "text.txt.zst": (b"plain text", "damaged or not zstd"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
     "list.jsonl": (b"[1]\n", "line 1: no field 'text'"),
+    "empty.jsonl": (b"{}\n", r"no field 'text' \(there is none\)"),
+    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1: not JSON: .*digits"),
     "names.jsonl": (b'{"body": "a"}\n', r"no field 'text' \(there is body\); name it with --field"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: field 'text' is not text but int"),
     "surrogate.jsonl": (rb'{"text": "\ud800"}', "line 1: not valid Unicode"),

@@ -131,7 +131,13 @@ def write_gap(path):
     Tokenizer(models.WordPiece(ids, unk_token="[UNK]")).save(str(path))
 
 
+def write_unknown(path):
+    ids = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4}
+    Tokenizer(models.WordPiece(ids, unk_token="<unk>")).save(str(path))
+
+
 BAD = {
+    "unknown.json": (write_unknown, "unknown token <unk>"),
     "bpe.json": (write_bpe, "WordPiece"),
     "gap.json": (write_gap, "gap"),
     "broken.json": (lambda path: path.write_text("{"), "not a tokenizer.json"),
