@@ -10,10 +10,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from fastelectra.errors import FastElectraError
 
 SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
 VOCAB_SIZE = 30522  # as the paper's
+MOST_ENTRIES = 1 << 24  # of a vocabulary that is trained
 SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
 _GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
@@ -69,7 +70,7 @@ def _cores() -> int:
 def run(args: argparse.Namespace) -> int:
     """Prepare a corpus; FastElectraError for anything the user can mend."""
     _check(args)
-    out = Path(args.out or "data/demo")
+    out = _destination(args.out or "data/demo")
     sources = find_sources([str(demo.demo_text())] if args.demo else args.inputs)
     if not sum(source.size for source in sources):
         raise FastElectraError(f"{sources[0].path}: the input is empty")
@@ -78,20 +79,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"{out} is prepared already", file=sys.stderr)
         return 0
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.workers > 1 else "false"
-    partial, lock = _partial_folder(out, settings)
-    try:
+    with _partial_folder(out) as partial:
+        _begin(partial, settings)
         manifest = _prepare(args, sources, settings, partial)
         os.replace(partial, out)
-    except KeyboardInterrupt:
-        print(f"\nthe same command goes on with {partial}", file=sys.stderr)
-        raise
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finally:
-        lock.close()
     _report(out, manifest)
     return 0
+
+
+def _destination(name: str) -> Path:
+    """The folder to make; FastElectraError for one that could not be replaced in one step."""
+    out = Path(name).resolve() if Path(name).is_symlink() else Path(name)
+    if os.path.ismount(out) or out.resolve() == Path.cwd():
+        raise FastElectraError(
+            f"{out} is a mount point or the present folder: choose a folder in it as --out"
+        )
+    return out
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -105,6 +108,8 @@ def _check(args: argparse.Namespace) -> None:
         raise FastElectraError(f"--heldout-fraction {args.heldout_fraction}: must be in [0, 1)")
     if args.workers < 1:
         raise FastElectraError(f"--workers {args.workers}: must be at least 1")
+    if args.vocab_size is not None and not 0 < args.vocab_size <= MOST_ENTRIES:
+        raise FastElectraError(f"--vocab-size {args.vocab_size}: must be in [1, {MOST_ENTRIES}]")
     if args.vocab and not Path(args.vocab).is_file():
         raise FastElectraError(f"--vocab {args.vocab}: no such file")
     if args.vocab and args.vocab.endswith(".json") and (args.cased or args.keep_accents):
@@ -131,7 +136,8 @@ def _settings(args: argparse.Namespace, sources: list[Source]) -> dict:
         words = {} if args.vocab.endswith(".json") else words
         words["sha256"] = file_sha256(Path(args.vocab))
     else:
-        words["size"] = args.vocab_size or (demo.VOCAB_SIZE if args.demo else VOCAB_SIZE)
+        default = demo.VOCAB_SIZE if args.demo else VOCAB_SIZE
+        words["size"] = default if args.vocab_size is None else args.vocab_size
     return {
         "inputs": inputs,
         "documents": args.documents,
@@ -162,31 +168,41 @@ def _is_done(out: Path, settings: dict) -> bool:
     return False
 
 
-def _partial_folder(out: Path, settings: dict) -> tuple[Path, TextIO]:
-    """The folder beside `out` to work in, and the open file that locks it.
-
-    What another job left there is removed.
-    """
+@contextmanager
+def _partial_folder(out: Path) -> Iterator[Path]:
+    """The folder beside `out` to work in, locked. An error removes it, an interruption does not."""
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    note, text = open(partial / "settings.json", "a+"), json.dumps(settings)  # noqa: SIM115
-    try:
-        fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FastElectraError(f"another `prepare` is at work in {partial}") from None
-    except OSError:
-        pass  # a file system without locks
-    note.seek(0)
-    if note.read() != text:
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "settings.json":
-                path.unlink()
-        note.truncate(0)
-        note.write(text)
-        note.flush()
-    return partial, note
+    with open(partial / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FastElectraError(f"another `prepare` is at work in {partial}") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield partial
+        except KeyboardInterrupt:
+            print(f"\nthe same command goes on with {partial}", file=sys.stderr)
+            raise
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError) and not error.filename:  # such as a full disk
+                error.filename = str(out)
+            raise
+
+
+def _begin(partial: Path, settings: dict) -> None:
+    """Remove what another job left in `partial`."""
+    note, text = partial / "settings.json", json.dumps(settings)
+    if note.is_file() and note.read_text() == text:
+        return
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+    note.write_text(text)
 
 
 def _prepare(
@@ -226,7 +242,8 @@ def _prepare(
         counts=counts,
         shards=shards,
     )
-    (folder / "settings.json").unlink()
+    for name in ("settings.json", "lock"):
+        (folder / name).unlink()
     manifest.write(folder / "manifest.json")
     return manifest
 

@@ -56,7 +56,7 @@ class Manifest:
     shards: list[ShardEntry]
 
     def write(self, path: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False)
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)  # names may be no UTF-8
         path.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -110,6 +110,8 @@ class Corpus:
 
     def check_sizes(self) -> None:
         """FastElectraError when a file is missing or of the wrong size."""
+        if not (self.tokenizer_dir / "tokenizer.json").is_file():
+            raise self._damaged(self.tokenizer_dir / "tokenizer.json", "is missing")
         for file, size in self._expected_sizes():
             if not file.is_file():
                 raise self._damaged(file, "is missing")

@@ -301,6 +301,8 @@ class TestRefusals:
             (["{text}", "--demo", "--out", "{out}"], "leave out INPUT"),
             (["{text}", "--out", "{out}", "--heldout-fraction", "1"], "--heldout-fraction 1.0"),
             (["{text}", "--out", "{out}", "--workers", "0"], "--workers 0"),
+            (["{text}", "--out", "{out}", "--vocab-size", "0"], "--vocab-size 0: must be"),
+            (["{text}", "--out", "{out}", "--vocab-size", "9" * 30], "must be in [1,"),
             (["{text}", "--out", "{out}", "--vocab-size", "9"], "--vocab-size 9 is too small"),
             (["{text}", "--out", "{out}", "--vocab", "{text}.no"], "no such file"),
             (["{text}", "--out", "{out}", "--vocab", "{text}"], "lacks [PAD]"),
@@ -308,6 +310,8 @@ class TestRefusals:
             (["{text}", "--out", "{text}/out"], "Not a directory"),
             (["{text}", "--out", "{text}"], "choose another --out"),
             (["{text}", "--out", "/proc/out"], "/proc/out"),
+            (["{text}", "--out", "/proc"], "/proc is a mount point"),
+            (["{text}", "--out", "."], "choose a folder in it"),
         ],
     )
     def test_arguments(self, arguments, message, text, capsys):
@@ -344,6 +348,17 @@ class TestRefusals:
         assert prepare(text, "--out", tmp_path / "out", *SMALL) == 0
         open_corpus(tmp_path / "out")
 
+    def test_a_link_to_an_empty_folder_is_followed(self, text, tmp_path):
+        (tmp_path / "there").mkdir()
+        (tmp_path / "link").symlink_to("there")
+        assert prepare(text, "--out", tmp_path / "link", *SMALL) == 0
+        open_corpus(tmp_path / "there")
+
+    def test_a_file_name_need_not_be_utf8(self, text, tmp_path):
+        text.rename(tmp_path / os.fsdecode(b"caf\xe9.txt"))
+        for _ in range(2):  # the second time it is recognised
+            assert prepare(tmp_path / "*.txt", "--out", tmp_path / "out", *SMALL) == 0
+
     def test_two_at_the_same_time(self, text, tmp_path, capsys, monkeypatch):
         from fastelectra.data import prepare as module
 
@@ -358,7 +373,7 @@ class TestRefusals:
             prepare(text, "--out", tmp_path / "out", *SMALL)
         assert "another `prepare` is at work" in inner[0]
 
-    @pytest.mark.parametrize("limit", [3_000, 60_000], ids=["tokenizer", "tokens"])
+    @pytest.mark.parametrize("limit", [10, 3_000, 60_000], ids=["settings", "tokenizer", "tokens"])
     def test_a_full_disk_leaves_nothing(self, limit, tmp_path):
         """A limit on the size of files stands in for the disk: writing fails the same way."""
         text = tmp_path / "a.txt"
@@ -371,7 +386,7 @@ class TestRefusals:
         )  # fmt: skip
         assert result.returncode == 2
         assert len(result.stderr.splitlines()) == 1
-        assert "File too large" in result.stderr
+        assert f"{tmp_path / 'out'}: File too large" in result.stderr
         assert os.listdir(tmp_path) == ["a.txt"]
 
 
@@ -387,6 +402,11 @@ class TestOpening:
             open_corpus(tmp_path / "no")
         with pytest.raises(FastElectraError, match=r"data\.path is not set"):
             open_corpus("")
+
+    def test_a_missing_tokenizer(self, out):
+        (out / "tokenizer/tokenizer.json").unlink()
+        with pytest.raises(FastElectraError, match=r"tokenizer\.json is missing: delete"):
+            open_corpus(out)
 
     def test_missing_and_cut_off_files(self, out):
         tokens = out / "train-00000.tokens"
