@@ -76,7 +76,7 @@ def explain(
     """
     electra, tokenizer = pretrained.electra.eval(), pretrained.tokenizer
     ids = _encode(pretrained, text)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
     positions = _positions(pretrained, mask, len(ids), generator)
     choices, sampled = {}, list(ids)
     if positions:
@@ -104,6 +104,10 @@ def explain(
 
 def _encode(pretrained: Pretrained, text: str) -> list[int]:
     special = pretrained.special
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # bytes of the command line that are none
+        raise FastElectraError("the text is not UTF-8") from None
     ids = pretrained.tokenizer.encode(text, add_special_tokens=False).ids
     if not ids:
         raise FastElectraError("the text has no tokens: give a sentence to explain")

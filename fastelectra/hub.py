@@ -130,7 +130,9 @@ def run_export(args: Namespace) -> int:
     try:
         with checkpoint.write_folder(out) as aside:
             for network, architecture in ARCHITECTURES.items():
-                shutil.copytree(folder / checkpoint.TOKENIZER, aside / network)
+                (aside / network).mkdir()
+                for file in (folder / checkpoint.TOKENIZER).iterdir():
+                    shutil.copyfile(file, aside / network / file.name)
                 config = _hub_config(model, network, vocab_size, special["pad"])
                 text = json.dumps({"architectures": [architecture], **config}, indent=2)
                 (aside / network / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -100,6 +100,7 @@ def test_a_discriminator_alone_judges_the_sentence_as_it_stands(exported, capsys
     ("text", "mask", "said"),
     [
         ("", None, "no tokens"),
+        ("war \udcff", None, "not UTF-8"),
         ("war " * 60, None, "the model takes 46"),
         ("war", "0", "numbered 1 to"),
         ("war", "2", "numbered 1 to"),
@@ -110,6 +111,10 @@ def test_a_discriminator_alone_judges_the_sentence_as_it_stands(exported, capsys
 def test_mistakes_are_named(exported, text, mask, said):
     with pytest.raises(FastElectraError, match=said):
         explain(load_pretrained(exported), text, mask)
+
+
+def test_any_number_is_a_seed(exported):
+    assert explain(load_pretrained(exported), SENTENCE, seed=-(10**30))
 
 
 def test_mask_needs_a_generator(exported, capsys):

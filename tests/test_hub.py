@@ -1,6 +1,9 @@
 """Export to and import from Hugging Face, with transformers on the other side."""
 
+import errno
 import json
+import os
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -282,6 +285,15 @@ def test_export_refuses(tmp_path, corpus, exported, capsys):
     assert "cannot read" in refused(capsys, "export", folder, out)
     (folder / "state.json").write_text('{"format": 1}')
     assert "state.json lacks 'config'" in refused(capsys, "export", folder, out)
+
+
+def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    line = refused(capsys, "export", tmp_path / "checkpoint", tmp_path / "new")
+    assert line.rstrip().endswith("new: No space left on device")
 
 
 def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):
