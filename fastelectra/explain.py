@@ -6,7 +6,7 @@ discriminator alone the sentence is judged as it stands.
 
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +43,9 @@ def run(args: Namespace) -> int:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) == 0:
+        raise ArgumentTypeError(f"expected a number above 0, got {text}")
+    return int(text)
 
 
 @dataclass

@@ -49,11 +49,19 @@ def write_folder(target: Path) -> Iterator[Path]:
         aside.mkdir(parents=True)
         yield aside
         for path in [*aside.rglob("*"), aside]:
+            _open_to_others(path)
             _sync(path)
         aside.rename(target)
         _sync(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _open_to_others(path: Path) -> None:
+    """Give the usual permissions: safetensors makes its files readable by their owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def _sync(path: Path) -> None:

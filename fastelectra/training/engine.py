@@ -80,6 +80,8 @@ def plan_engine(config: Config, process: Process) -> Plan:
     if not any(key in user for key in PRECISIONS) and precision == "bf16":
         section["bf16"] = {"enabled": True}
     stage = parsed.zero_optimization_stage if "stage" in zero else int(precision != "fp32")
+    if precision == "bf16" and stage > 0:  # a sum of many micro-batches in bf16 would lose bits
+        section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     return Plan(section, precision, why, stage, accumulation, device)
 
 

@@ -67,6 +67,14 @@ def test_a_checkpoint_of_a_read_only_corpus_can_be_removed(tmp_path, tokenizer_d
     assert (target / "tokenizer" / "vocab.txt").stat().st_mode & 0o200
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path, tokenizer_dir):
+    target, *_ = write(tmp_path / "run", 1, tokenizer_dir)
+    (usual := tmp_path / "usual").touch()
+    for path in target.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode == usual.stat().st_mode, path
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer_dir):
     run = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
