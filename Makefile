@@ -14,8 +14,8 @@ SENTENCE ?= the president of the united states sent a message to the congress
 demo: $(VENV)/.installed
 	$(BIN)/fastelectra prepare --demo --out data/demo
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then set -- --config configs/small.json --set data.path=data/demo --set training.steps=10000 \
-	  --set optimizer.warmup_steps=1000 --set training.eval_every=1000; \
+	then ranks="--num_gpus 1"; set -- --config configs/small.json --set data.path=data/demo \
+	  --set training.steps=10000 --set optimizer.warmup_steps=1000 --set training.eval_every=1000; \
 	else export DS_ACCELERATOR=cpu; ranks="--num_accelerators 2"; \
 	  set -- --config configs/demo.json; fi; \
 	echo "deepspeed $$ranks fastelectra/train.py $$* --set training.output_dir=$(RUN)"; \
