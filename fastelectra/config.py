@@ -215,7 +215,9 @@ def _check_values(config: Config, where: str) -> None:
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)
-            require(0 < value < float("inf"), f"{section}.{name} must be above 0, got {value}")
+            require(
+                0 < value < 2**53, f"{section}.{name} must be above 0 and below 2^53, got {value}"
+            )
     for name in ("generator_weight", "discriminator_weight"):
         value = getattr(objective, name)
         require(0 <= value < float("inf"), f"objective.{name} must be 0 or more, got {value}")

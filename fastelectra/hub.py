@@ -163,12 +163,8 @@ def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> 
 def _read_checkpoint(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
     """Sizes, vocabulary size and weights; FastElectraError if they do not fit together."""
     state = checkpoint.read_state(folder)
-    try:
-        values, vocab_size = state["config"], state["vocab_size"]
-    except KeyError as error:
-        raise FastElectraError(f"{folder / checkpoint.STATE} lacks {error}") from None
-    model = config_from_dict(values, str(folder / checkpoint.STATE)).model
-    weights = checkpoint.read_weights(folder)
+    model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
+    weights, vocab_size = checkpoint.read_weights(folder), state["vocab_size"]
     if {name: weights[name].shape for name in weights} != parameter_shapes(model, vocab_size):
         raise FastElectraError(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.STATE} disagree")
     return model, vocab_size, weights

@@ -78,7 +78,7 @@ def test_overrides_are_typed(tmp_path):
         ({"training": {"batch_tokens": 100, "micro_batch_tokens": 1000}}, "not a multiple"),
         ({"training": {"micro_batch_tokens": 16, "batch_tokens": 16}}, "not one example"),
         ({"training": {"kernels": "cuda"}}, "auto, triton or torch"),
-        ({"training": {"steps": 0}}, "training.steps must be above 0"),
+        ({"training": {"steps": 0}}, "training.steps must be above 0 and below"),
         ({"optimizer": {"peak_lr": float("nan")}}, "optimizer.peak_lr must be above 0"),
     ],
 )

@@ -284,7 +284,7 @@ def test_export_refuses(tmp_path, corpus, exported, capsys):
     (folder / "model.safetensors").write_bytes(b"cut")
     assert "cannot read" in refused(capsys, "export", folder, out)
     (folder / "state.json").write_text('{"format": 1}')
-    assert "state.json lacks 'config'" in refused(capsys, "export", folder, out)
+    assert "state.json lacks step" in refused(capsys, "export", folder, out)
 
 
 def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch):

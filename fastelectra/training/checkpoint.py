@@ -27,6 +27,14 @@ from fastelectra.errors import FastElectraError
 Tensors = dict[str, torch.Tensor]  # by parameter name
 
 FORMAT = 1
+KEYS = (
+    "step",
+    "position",
+    "config",
+    "vocab_size",
+    "special_tokens",
+    "fingerprint",
+)  # of state.json
 WEIGHTS, MOMENTS, STATE, TOKENIZER = (
     "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer")  # fmt: skip
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -157,6 +165,9 @@ def read_state(folder: Path) -> dict:
         raise FastElectraError(f"cannot read the checkpoint's {path}: {error!r}") from None
     if form != FORMAT:
         raise FastElectraError(f"{path} has format {form}, this version reads format {FORMAT}")
+    missing = [key for key in KEYS if key not in state]
+    if missing:
+        raise FastElectraError(f"the checkpoint's {path} lacks {missing[0]}")
     return state
 
 

@@ -191,8 +191,9 @@ class Trainer:
         sits = step >= self.config.optimizer.warmup_steps and collapsed(scores["gain"])
         if sits and not self.warned:
             self.process.say(
-                f"warning: the discriminator's loss {scores['disc_loss']:.4f} sits on H(fake rate)"
-                f" = {scores['prior_loss']:.4f}: it has learnt nothing beyond the rate of fakes."
+                f"warning: the discriminator's loss {scores['disc_loss']:.4f} is no better than"
+                f" H(fake rate) = {scores['prior_loss']:.4f}: it has learnt nothing beyond the"
+                " rate of fakes."
                 " If this lasts, lower optimizer.peak_lr or model.generator_fraction"
             )
         self.warned = sits

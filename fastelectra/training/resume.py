@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from torch import nn
 
-from fastelectra.config import Config
+from fastelectra.config import Config, config_from_dict
 from fastelectra.data.shards import Corpus
 from fastelectra.data.stream import Position
 from fastelectra.errors import FastElectraError
@@ -46,13 +46,15 @@ def find_start(config: Config, corpus: Corpus) -> Start:
 
 def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
     state = checkpoint.read_state(folder)
-    before, now = _flat(state["config"]), _flat(config.to_dict())
-    changed = [name for name in now if name not in FREE_FIELDS and before.get(name) != now[name]]
+    before = _flat(config_from_dict(state["config"], str(folder / checkpoint.STATE)).to_dict())
+    now = _flat(config.to_dict())
+    changed = [name for name in sorted(before.keys() | now.keys())
+               if name not in FREE_FIELDS and before.get(name) != now.get(name)]  # fmt: skip
     for name in changed:
         if name in FIXED_FIELDS or name.partition(".")[0] in FIXED_SECTIONS:
             raise FastElectraError(
                 f"{config.training.output_dir} was trained with {name} = {before.get(name)}, now it"
-                f" is {now[name]}: put it back, or start anew in another training.output_dir"
+                f" is {now.get(name)}: put it back, or start anew in another training.output_dir"
             )
     if state["fingerprint"] != corpus.fingerprint:
         raise FastElectraError(
@@ -60,7 +62,7 @@ def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
             f" {folder}: use that data, or start anew in another training.output_dir"
         )
     notes = [f"resuming from {folder}"]
-    notes += [f"changed: {name} from {before.get(name)} to {now[name]}" for name in changed]
+    notes += [f"changed: {name} from {before.get(name)} to {now.get(name)}" for name in changed]
     position = Position.from_dict(state["position"])
     return Start(state["step"], position, folder, resumes=True, notes=tuple(notes))
 

@@ -103,7 +103,7 @@ def test_a_run_leaves_what_it_promises(straight, corpus):
         r"eval +20/20 .*precision .*recall",
     ):
         assert re.search(expected, printed), expected
-    warning = r"warning: the discriminator's loss .* sits on H\(fake rate\)"
+    warning = r"warning: the discriminator's loss .* is no better than H\(fake rate\)"
     assert len(re.findall(warning, printed)) == 1  # although both evaluations find it there
 
 
