@@ -27,6 +27,7 @@ from fastelectra.data.batch import BatchShape
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
+WAYS = ("fused", "eager", "compiled")
 VOCABULARY = 30_522
 CAPABILITIES = (80, 89, 90, 100)
 H100 = {"bytes_per_s": 3.0e12, "flop_per_s": 790e12}  # what copies and products reach
@@ -56,12 +57,16 @@ def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2*
     shape = BatchShape.of(tokens, config.data.max_length, config.data.mask_fraction)
     narrow, narrow_ffn, _ = generator_sizes(model)
     maker = Maker(device, dtype, tokens, shape.masked)
-    head_maker = Maker(device, dtype, tokens, min(shape.masked, most_head_rows))
+    heads = [
+        Maker(device, dtype, tokens, min(rows, most_head_rows))
+        for rows in (shape.masked, 4 * shape.masked)  # of one batch, and of a four times larger
+    ]
     found = [
         maker.embed_layer_norm(model.embedding_size, model.max_positions, model.dropout),
         maker.masked_gather(narrow),
         maker.bias_gelu_layer_norm(model.embedding_size),
-        head_maker.linear_cross_entropy_sample(model.embedding_size),
+        heads[0].linear_cross_entropy_sample(model.embedding_size),
+        heads[1].linear_cross_entropy_sample(model.embedding_size),
         maker.replace_tokens(),
         maker.replaced_token_loss(model.hidden_size),
     ]
@@ -230,11 +235,25 @@ def measured_rates() -> dict:
     }
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, the cache flushed before each."""
-    from triton.testing import do_bench
-
-    return do_bench(call, warmup=50, rep=200, return_mode="median")
+def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
+    """Median time of a call on the GPU alone: a CUDA graph of it, the cache flushed before each."""
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # compiles, and fills the allocator
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    cache = torch.empty(2**26, dtype=torch.int32, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        cache.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
 
 
 def measure(presets: list[str], rates: dict) -> list[dict]:
@@ -244,40 +263,51 @@ def measure(presets: list[str], rates: dict) -> list[dict]:
         for case in cases(preset, "cuda", torch.bfloat16):
             least = roofline(case, rates)
             row = {"preset": preset, "op": case.op, "size": case.size, "least_ms": least}
-            for way in ("fused", "eager", "compiled"):
+            for way in WAYS:
                 row[way] = measure_way(case, way, least)
-                print("{:6s} {:28s} {:15s} {:8s} {ms[0]:8.3f} + {ms[1]:8.3f} ms {gb_per_s[0]:6.0f}"
-                      " {gb_per_s[1]:6.0f} GB/s {roofline[0]:4.0%} {roofline[1]:4.0%} of roofline"
-                      " {peak_mb:7.1f} MB".format(preset, case.op, case.size, way, **row[way]),
-                      flush=True)  # fmt: skip
+                print(f"{preset:6s} {case.op:28s} {case.size:15s} {way:8s} {line(row[way])}")
+            if case.op == "linear_cross_entropy_sample":
+                row["products_ms"] = products(*case.make()[:2])
+                print(f"{'':52s} its three products alone: {row['products_ms']:.3f} ms")
             rows.append(row)
     return rows
 
 
+@torch.no_grad()
+def products(hidden: torch.Tensor, weight: torch.Tensor) -> float:
+    """Milliseconds of a vocabulary head's products: logits, and the gradients of both factors."""
+    logits = hidden @ weight.t()
+    times = (
+        milliseconds(lambda: torch.mm(hidden, weight.t(), out=logits)),
+        milliseconds(lambda: logits @ weight),
+        milliseconds(lambda: logits.t() @ hidden),
+    )
+    return sum(times)
+
+
 def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
     """One implementation of a case: [forward, backward] of time and rates, and peak memory."""
-    function = case.call
-    if way != "fused":
+    inputs = case.make()
+    wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
 
-        def function(inputs):
-            return case.call(inputs, reference=True)
+    def forward():
+        return case.call(inputs, reference=way != "fused")
 
     if way == "compiled":
-        function = torch.compile(function)
-    inputs = case.make()
-    times = [milliseconds(lambda: function(inputs)), 0.0]
-    output = function(inputs)
-    if output.requires_grad:
-        gradient = torch.randn_like(output)
-        wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
-        times[1] = milliseconds(
-            lambda: torch.autograd.grad(output, wanted, gradient, retain_graph=True)
-        )
+        forward = torch.compile(forward)
+    gradient = torch.randn_like(forward()) if wanted else None
+
+    def step():
+        torch.autograd.grad(forward(), wanted, gradient)
+
+    try:
+        times = [milliseconds(forward), 0.0]
+        times[1] = milliseconds(step) - times[0] if wanted else 0.0
+    except RuntimeError as error:  # an eager operation that a CUDA graph cannot hold
+        return {"error": str(error).partition("\n")[0]}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    output = function(inputs)
-    if output.requires_grad:
-        output.sum().backward()
+    step() if wanted else forward()
     return {
         "ms": times,
         "gb_per_s": [b / t / 1e6 if t else 0.0 for b, t in zip(case.bytes, times, strict=True)],
@@ -285,6 +315,17 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         "roofline": [m / t if t else 0.0 for m, t in zip(least, times, strict=True)],
         "peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6,
     }
+
+
+def line(result: dict) -> str:
+    """A measurement as text."""
+    if "error" in result:
+        return f"not measured: {result['error']}"
+    return (
+        "{ms[0]:8.3f} + {ms[1]:8.3f} ms {gb_per_s[0]:6.0f} {gb_per_s[1]:6.0f} GB/s"
+        " {tflop_per_s[0]:4.0f} {tflop_per_s[1]:4.0f} TFLOP/s"
+        " {roofline[0]:4.0%} {roofline[1]:4.0%} of roofline {peak_mb:7.1f} MB".format(**result)
+    )
 
 
 def provenance() -> dict:
@@ -318,8 +359,8 @@ def draw(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 0.35 * len(rows) + 1.5), layout="constrained")
     places = list(range(len(rows)))
     if result["measured"]:
-        for shift, way in enumerate(("fused", "eager", "compiled")):
-            totals = [sum(row[way]["ms"]) for row in rows]
+        for shift, way in enumerate(WAYS):
+            totals = [sum(row[way].get("ms", (0,))) for row in rows]
             axes.barh([p + 0.27 * (shift - 1) for p in places], totals, 0.27, label=way)
         axes.plot([sum(row["least_ms"]) for row in rows], places, "k|", ms=14, label="roofline")
         axes.set_title(f"forward + backward on {result['provenance']['gpu']}")
@@ -328,7 +369,7 @@ def draw(result: dict, path: Path) -> None:
         axes.barh(places, totals, label="least time (estimate)")
         axes.set_title("forward + backward on an H100: estimate from traffic and arithmetic alone")
     axes.set_yticks(places, names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("ms")
     axes.legend()

@@ -7,6 +7,7 @@ gradient of the loss. What is held: CHUNK rows of logits and a table gradient in
 """
 
 import torch
+import torch.nn.functional as F
 
 from .dispatch import operation, use_triton
 from .language import LOG2_E, jit, power_of_two, tl
@@ -16,30 +17,31 @@ TILE = 128  # tokens of the finer level of the cumulative distribution, on the P
 
 
 @jit
-def _logits(logits_ptr, token, stride, vocabulary, ACC: tl.constexpr):
-    """Base-2 logits of a row; read to its padded end, where a bound leaves whole words to load."""
-    z = tl.load(logits_ptr + token, token < stride, 0.0).to(ACC) * LOG2_E
-    return tl.where(token < vocabulary, z, -float("inf"))
+def _logits(products_ptr, bias_ptr, token, width, ACC: tl.constexpr):
+    """Base-2 logits of a row."""
+    z = tl.load(products_ptr + token, token < width, 0.0).to(ACC)
+    return (z + tl.load(bias_ptr + token, token < width, -float("inf")).to(ACC)) * LOG2_E
 
 
 @jit
 def _row(
-    logits_ptr, labels_ptr, uniforms_ptr, loss_ptr, sampled_ptr, correct_ptr, temperature,
-    stride, vocabulary, GRADIENTS: tl.constexpr, TEMPERED: tl.constexpr, BV: tl.constexpr,
+    products_ptr, bias_ptr, labels_ptr, uniforms_ptr, loss_ptr, sampled_ptr, correct_ptr,
+    temperature, width, GRADIENTS: tl.constexpr, TEMPERED: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """Loss, sample and hit of one row of logits, which become their gradient."""
+    """Loss, sample and hit of one row of products, which become the gradient of its logits."""
     ACC: tl.constexpr = loss_ptr.dtype.element_ty
     row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * stride
+    products_ptr += row.to(tl.int64) * width
     label = tl.load(labels_ptr + row)
-    target = tl.load(logits_ptr + label, label >= 0, 0.0).to(ACC) * LOG2_E
+    target = tl.load(products_ptr + label, label >= 0, 0.0).to(ACC)
+    target = (target + tl.load(bias_ptr + label, label >= 0, 0.0).to(ACC)) * LOG2_E
 
     top = tl.full([], -float("inf"), ACC)
     total = tl.full([], 0.0, ACC)
     tempered = tl.full([], 0.0, ACC)
-    for start in range(0, vocabulary, BV):
+    for start in range(0, width, BV):
         token = start + tl.arange(0, BV)
-        z = _logits(logits_ptr, token, stride, vocabulary, ACC)
+        z = _logits(products_ptr, bias_ptr, token, width, ACC)
         above = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(above == -float("inf"), 0.0, above)
         total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(z - shift), 0)
@@ -55,10 +57,10 @@ def _row(
     before = tl.full([], 0.0, ACC)
     sample = -1
     last = 0
-    tl.debug_barrier()  # the label's logit has been read before anything is written over it
-    for start in range(0, vocabulary, BV):
+    tl.debug_barrier()  # the label's product has been read before anything is written over it
+    for start in range(0, width, BV):
         token = start + tl.arange(0, BV)
-        z = _logits(logits_ptr, token, stride, vocabulary, ACC)
+        z = _logits(products_ptr, bias_ptr, token, width, ACC)
         mass = tl.exp2((z - top) / temperature) if TEMPERED else tl.exp2(z - top)
         last = tl.maximum(last, tl.max(tl.where(mass > 0, token, 0), 0))
         part = tl.sum(mass, 0)
@@ -69,25 +71,26 @@ def _row(
         if GRADIENTS:
             p = tl.where(label >= 0, tl.exp2(z - lse), 0.0)
             p = tl.where(token == label, p - 1, p)
-            p = p.to(logits_ptr.dtype.element_ty)
-            tl.store(logits_ptr + token, p, token < stride)
+            p = p.to(products_ptr.dtype.element_ty)
+            tl.store(products_ptr + token, p, token < width)
     tl.store(sampled_ptr + row, tl.where(sample < 0, last, sample))
 
 
-def _rows_triton(logits, labels, uniforms, temperature, gradients, loss, sampled, correct):
-    """Fill loss, sampled and correct [m] from logits [m, V], which become their gradient."""
-    _row[(logits.shape[0],)](
-        logits, labels, uniforms, loss, sampled, correct, temperature, logits.stride(0),
-        logits.shape[1], GRADIENTS=gradients, TEMPERED=temperature != 1,
-        BV=min(4096, power_of_two(logits.shape[1])), num_warps=8,
+def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outputs):
+    """Fill loss, sampled and correct [m] from products [m, W], which become a gradient."""
+    width = products.shape[1]
+    _row[(products.shape[0],)](
+        products, bias, labels, uniforms, *outputs, temperature, width, GRADIENTS=gradients,
+        TEMPERED=temperature != 1, BV=min(4096, power_of_two(width)), num_warps=8,
     )  # fmt: skip
 
 
-def _rows_torch(logits, labels, uniforms, temperature, gradients, loss, sampled, correct):
+def _rows_torch(products, bias, labels, uniforms, temperature, gradients, *outputs):
     """`_rows_triton` in PyTorch."""
+    loss, sampled, correct = outputs
     real = labels >= 0
     target_index = labels.clamp(min=0).long()[:, None]
-    z = logits.to(loss.dtype)
+    z = products.to(loss.dtype).add_(bias)
     target = z.gather(1, target_index)[:, 0]
     top = z.amax(1)
     correct.copy_((target >= top) & real)
@@ -100,7 +103,7 @@ def _rows_torch(logits, labels, uniforms, temperature, gradients, loss, sampled,
     if gradients:
         mass *= (real / total)[:, None]
         mass.scatter_add_(1, target_index, -real.to(mass.dtype)[:, None])
-        logits.copy_(mass)
+        products.copy_(mass)
 
 
 def _sample(mass, uniforms):
@@ -145,28 +148,32 @@ def forward(
     loss = d_weight.new_empty(rows)
     correct = loss.new_empty(rows, dtype=torch.float32)
     chunk = CHUNK["cuda" if hidden.is_cuda else "cpu"]
-    # rows start at multiples of 128 bytes, which the fast products need
-    buffer = hidden.new_empty(min(chunk, rows), -(-vocabulary // 64) * 64)[:, :vocabulary]
+    # a whole number of 128 bytes a row, which the fast products need; no mass in the padding
+    padding = -vocabulary % 64
+    buffer = hidden.new_empty(min(chunk, rows), vocabulary + padding)
+    buffer[:, vocabulary:] = 0
+    padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
     row_pass = _rows_triton if use_triton(hidden) else _rows_torch
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
-        logits = buffer[: part.stop - start]
-        torch.addmm(bias, hidden[part], weight.t(), out=logits)
+        padded = buffer[: part.stop - start]
+        products = padded[:, :vocabulary]
+        torch.mm(hidden[part], weight.t(), out=products)
         row_pass(
-            logits, labels[part], uniforms[part], temperature, gradients,
+            padded, padded_bias, labels[part], uniforms[part], temperature, gradients,
             loss[part], sampled[part], correct[part],
         )  # fmt: skip
         if gradients:
-            torch.mm(logits, weight, out=d_hidden[part])
-            _add_product(d_weight, logits.t(), hidden[part])
-            d_bias += logits.sum(0, dtype=d_bias.dtype)
+            torch.mm(products, weight, out=d_hidden[part])
+            _add_product(d_weight, products.t(), hidden[part])
+            d_bias += products.sum(0, dtype=d_bias.dtype)
     return loss.sum(), sampled, correct.sum(), d_hidden, d_weight, d_bias
 
 
 def _add_product(total, a, b):
     """total += a @ b, total in fp32 (fp64) whatever the type of a and b."""
     if a.is_cuda and a.dtype != total.dtype:
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 

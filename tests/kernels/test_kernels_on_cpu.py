@@ -40,7 +40,7 @@ def test_output_and_gradients_have_the_input_type(name, dtype):
     assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [0, 1, 30])
 @pytest.mark.parametrize(
     "width", [3, 8, 61]
@@ -53,11 +53,21 @@ def test_vocabulary_head_is_the_reference(rows, width, dtype, monkeypatch):
     plain = kernel_cases.with_gradients(kernel_cases.reference("chunked_cross_entropy"), inputs)
     chunks = kernel_cases.with_gradients(kernel_cases.operation("chunked_cross_entropy"), inputs)
     for t, p, c in zip(truth, plain, chunks, strict=True):
-        assert (c.double() - t).norm() <= 2 * (p.double() - t).norm() + 1e-6 * t.norm()
+        assert (c - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm()
     _, sampled, correct = kernels.linear_cross_entropy_sample(*inputs)
     expected = kernels.linear_cross_entropy_sample_reference(*inputs)
     assert torch.equal(sampled, expected[1])
     assert torch.equal(correct, expected[2])
+
+
+def test_vocabulary_head_in_bf16_is_no_worse_than_twice_pytorch():
+    inputs = kernel_cases.make("chunked_cross_entropy", 200, 40, torch.bfloat16)
+    exact = [kernel_cases.convert(value, torch.float64) for value in inputs]
+    truth = kernel_cases.with_gradients(kernel_cases.reference("chunked_cross_entropy"), exact)
+    plain = kernel_cases.with_gradients(kernel_cases.reference("chunked_cross_entropy"), inputs)
+    chunks = kernel_cases.with_gradients(kernel_cases.operation("chunked_cross_entropy"), inputs)
+    for t, p, c in zip(truth, plain, chunks, strict=True):
+        assert (c.double() - t).norm() <= 2 * (p.double() - t).norm()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,17 @@ def test_narrow_head_never_holds_all_logits():
         aot.record(step)
     events = profile.profiler.kineto_results.events()
     assert 0 < max(event.nbytes() for event in events) < rows * vocabulary * 2 / 10
+
+
+def test_benchmark_without_a_gpu_writes_its_estimates(tmp_path, capsys, monkeypatch):
+    few = launches("small", torch.bfloat16)[:2]  # to read machine code takes a third of a second
+    monkeypatch.setattr(bench, "launches", lambda *_: few)
+    assert bench.main(["--presets", "small", "--output", str(tmp_path / "out" / "kernels")]) == 0
+    result = json.loads((tmp_path / "out/kernels.json").read_text())
+    assert (tmp_path / "out/kernels.png").read_bytes()[:4] == b"\x89PNG"
+    assert result["measured"] is False
+    assert {row["op"] for row in result["ops"]} == {
+        name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__
+    }
+    assert all(row["instructions"] > 0 for row in result["compiled"])
+    assert "estimate" in capsys.readouterr().out
