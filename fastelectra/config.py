@@ -215,8 +215,10 @@ def _check_values(config: Config, where: str) -> None:
     for section, names in positive.items():
         for name in names:
             value = getattr(getattr(config, section), name)
+            limit = float("inf") if isinstance(value, float) else 2**53
             require(
-                0 < value < 2**53, f"{section}.{name} must be above 0 and below 2^53, got {value}"
+                0 < value < limit,
+                f"{section}.{name} must be above 0 and below {limit:.2g}, got {value}",
             )
     for name in ("generator_weight", "discriminator_weight"):
         value = getattr(objective, name)

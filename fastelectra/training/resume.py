@@ -48,7 +48,7 @@ def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
     state = checkpoint.read_state(folder)
     before = _flat(config_from_dict(state["config"], str(folder / checkpoint.STATE)).to_dict())
     now = _flat(config.to_dict())
-    changed = [name for name in sorted(before.keys() | now.keys())
+    changed = [name for name in {**now, **before}
                if name not in FREE_FIELDS and before.get(name) != now.get(name)]  # fmt: skip
     for name in changed:
         if name in FIXED_FIELDS or name.partition(".")[0] in FIXED_SECTIONS:
