@@ -2,6 +2,14 @@
 
 Forward reads x and writes y, backward reads dy and x and writes dx, with the bias gradient summed
 in registers on the way: 2 and 3 [N, F] tensors where separate operations move 4 and 6.
+
+The products around it stay the library's. A whole feed-forward block in one kernel was weighed for
+ELECTRA-small, [16 384, 256] → 1024 → 256 on an H100. Forward: 50 µs at least by the traffic of the
+separate operations; kept on the chip, a block fits as 128 tokens by 64 units with 240 registers and
+213 KB of shared memory (so not at all on an L4), one program on each SM whose products and GELU do
+not overlap: 32 µs by its instructions. Backward: 7 products instead of 4, 76 µs at a full rate that
+compiled products do not reach, against 101 µs of traffic. A few per cent of a step, of one model,
+at best: not worth a matrix product of our own.
 """
 
 import torch

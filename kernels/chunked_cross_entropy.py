@@ -2,8 +2,9 @@
 
 Library products make the logits and take the gradients further; between them one pass over a row in
 the cache gives its loss, its sample and, in the logits' place, their gradient. Taking gradients in
-the forward pass saves the third product of a recomputation; backward only scales them by the
-gradient of the loss. What is held: CHUNK rows of logits and a table gradient in fp32.
+the forward pass saves computing the logits twice; backward only scales them by the gradient of the
+loss. What is held: a chunk's logits, and the table gradient in fp32, which each chunk but the first
+reads and writes whole: so few chunks, of equal size.
 """
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from .dispatch import operation, use_triton
 from .language import LOG2_E, jit, power_of_two, tl
 
-CHUNK = {"cuda": 1024, "cpu": 256}  # rows; on the CPU their logits then fit its cache
+CHUNK = {"cuda": 2048, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
 TILE = 128  # tokens of the finer level of the cumulative distribution, on the PyTorch path
 
 
@@ -113,10 +114,11 @@ def _sample(mass, uniforms):
     tiles = mass[:, :whole].unflatten(1, (whole // TILE, TILE)).sum(2)
     if whole < vocabulary:
         tiles = torch.cat([tiles, mass[:, whole:].sum(1, keepdim=True)], 1)
-    tile, before = _first_above(tiles, uniforms * tiles.sum(1))
+    goal = uniforms * tiles.sum(1)
+    tile, before = _first_above(tiles, goal)
     token = tile[:, None] * TILE + torch.arange(TILE, device=mass.device)
     inside = mass.gather(1, token.clamp(max=vocabulary - 1)).masked_fill_(token >= vocabulary, 0)
-    return tile * TILE + _first_above(inside, uniforms * tiles.sum(1) - before)[0]
+    return tile * TILE + _first_above(inside, goal - before)[0]
 
 
 def _first_above(mass, goal):
@@ -147,7 +149,7 @@ def forward(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     loss = d_weight.new_empty(rows)
     correct = loss.new_empty(rows, dtype=torch.float32)
-    chunk = CHUNK["cuda" if hidden.is_cuda else "cpu"]
+    chunk = _chunk(rows, CHUNK["cuda" if hidden.is_cuda else "cpu"])
     # a whole number of 128 bytes a row, which the fast products need; no mass in the padding
     padding = -vocabulary % 64
     buffer = hidden.new_empty(min(chunk, rows), vocabulary + padding)
@@ -165,21 +167,26 @@ def forward(
         )  # fmt: skip
         if gradients:
             torch.mm(products, weight, out=d_hidden[part])
-            _add_product(d_weight, products.t(), hidden[part])
+            _add_product(d_weight, products.t(), hidden[part], beta=int(start > 0))
             d_bias += products.sum(0, dtype=d_bias.dtype)
     return loss.sum(), sampled, correct.sum(), d_hidden, d_weight, d_bias
 
 
-def _add_product(total, a, b):
-    """total += a @ b, total in fp32 (fp64) whatever the type of a and b."""
+def _chunk(rows: int, most: int) -> int:
+    """Rows of a chunk, a multiple of 64: `rows` in as few chunks as can be, all of one size."""
+    return max(64, -(-rows // max(1, -(-rows // most)) // 64) * 64)
+
+
+def _add_product(total, a, b, beta):
+    """total = beta · total + a @ b, total in fp32 (fp64) whatever the type of a and b."""
     if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=beta)
 
 
 def _outputs(hidden, weight, bias, gradients):
-    """Room for what `forward` returns; the sums over chunks are zero."""
+    """Room for what `forward` returns; zero where it only adds up, or where there are no rows."""
     statistics = torch.promote_types(hidden.dtype, torch.float32)
     shapes = (hidden.shape, weight.shape, bias.shape) if gradients else ((0,), (0,), (0,))
     return (
@@ -187,7 +194,7 @@ def _outputs(hidden, weight, bias, gradients):
         hidden.new_empty(hidden.shape[0], dtype=torch.int32),
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty(shapes[0]),
-        hidden.new_zeros(shapes[1], dtype=statistics),
+        (hidden.new_empty if hidden.shape[0] else hidden.new_zeros)(shapes[1], dtype=statistics),
         hidden.new_zeros(shapes[2], dtype=statistics),
     )
 
@@ -203,8 +210,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_loss):
-    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-    return *((gradient * d_loss).to(dtype) for gradient, dtype in gradients), *(None,) * 4
+    scaled = [
+        torch.mul(gradient, d_loss, out=gradient.new_empty(gradient.shape, dtype=dtype))
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    return *scaled, None, None, None, None
 
 
 forward.register_autograd(_differentiate, _save)
