@@ -23,7 +23,7 @@ from fastelectra.training.launch import Process, micro_batches
 from fastelectra.training.metrics import Meter, collapsed
 from fastelectra.training.report import Report
 from fastelectra.training.resume import Start, load_weights
-from fastelectra.training.schedule import learning_rate
+from fastelectra.training.update import Updater
 
 AHEAD = 4  # steps of batches made before they are needed
 
@@ -34,7 +34,6 @@ class Trainer:
     def __init__(self, config: Config, corpus: Corpus, process: Process, plan: Plan, start: Start):
         self.config, self.corpus, self.process, self.plan = config, corpus, process, plan
         self.start, self.run = start, Path(config.training.output_dir)
-        self.batches_per_step = micro_batches(config)
         self.stream, self.heldout = (self._stream(name) for name in ("train", "heldout"))
         self.warned = False
         kernels.set_backend(config.training.kernels)
@@ -48,7 +47,8 @@ class Trainer:
             moments = checkpoint.read_moments(start.folder)
             adam_step = portable.torch_optimizer(self.engine).adam_step(start.step)
             portable.restore(self.engine, weights, moments, adam_step)
-        self.generator = _default_generator(plan.device)
+        tells_norm = plan.stage > 0 or plan.precision != "fp32"
+        self.updater = Updater(self.engine, config, plan.device, tells_norm)
         peak = peak_flops(plan.device, plan.precision)
         self.peak_tokens = peak and peak * process.world / flops_per_token(
             config, corpus.vocab_size
@@ -58,7 +58,7 @@ class Trainer:
         data, training = self.config.data, self.config.training
         shape = BatchShape.of(training.micro_batch_tokens, data.max_length, data.mask_fraction)
         shards, special = self.corpus.split(split), self.corpus.special
-        return BatchStream(shards, special, data, shape, self.batches_per_step, training.seed)
+        return BatchStream(shards, special, data, shape, micro_batches(self.config), training.seed)
 
     def _check_agreement(self) -> None:
         """Ranks that do not see the same run folder would go on from different steps."""
@@ -77,8 +77,7 @@ class Trainer:
         if process.leads:
             checkpoint.tidy(self.run, training.keep_last)
         self.engine.train()
-        meter, self.began = Meter(), time.monotonic()
-        mark = self.began
+        mark = self.began = time.monotonic()
         for step, (batches, position) in zip(
             range(first + 1, training.steps + 1), prefetch(self._steps(), AHEAD), strict=False
         ):
@@ -86,10 +85,9 @@ class Trainer:
             evaluates = last or step % training.eval_every == 0
             saves = last or step % training.checkpoint_every == 0
             logs = evaluates or saves or step % training.log_every == 0
-            lr = self._set_learning_rate(step - 1)
-            norm = self._step(batches, meter, logs)
+            norm = self.updater.update(step, batches, logs)
             if logs:
-                self._log(step, meter.read(), lr, norm, mark)
+                self._log(step, norm, mark)
             if evaluates:
                 self._evaluate(step)
             if saves:
@@ -111,47 +109,12 @@ class Trainer:
         for batches, position in steps:  # pinned, so that copies to the device need not wait
             yield [batch.pin_memory() for batch in batches], position
 
-    def _set_learning_rate(self, step: int) -> float:
-        optimizer = self.config.optimizer
-        lr = learning_rate(
-            step, optimizer.peak_lr, optimizer.warmup_steps, self.config.training.steps
-        )
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def _step(self, batches: list[Batch], meter: Meter, wants_norm: bool) -> float:
-        """One update. Returns the norm of the gradients before clipping; NaN if not wanted."""
-        norm = None
-        for number, batch in enumerate(batches, 1):
-            loss, metrics = self._forward(batch)
-            meter.add(metrics)
-            # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
-            self.engine.backward(loss * self.batches_per_step)
-            if wants_norm and number == len(batches):
-                norm = self._whole_norm()
-            self.engine.step()
-        if wants_norm and norm is None:
-            norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
-
-    def _whole_norm(self) -> torch.Tensor | None:
-        """At stage 0 in fp32 DeepSpeed does not tell the norm that it clips by."""
-        if self.plan.stage > 0 or self.plan.precision != "fp32":
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters()])
-
-    def _forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        self.generator.manual_seed(batch.seed)  # dropout then depends on the batch, not on the rank
-        return self.engine(batch.to(self.plan.device))
-
-    def _log(
-        self, step: int, scores: dict[str, float], lr: float, norm: float, mark: float
-    ) -> None:
+    def _log(self, step: int, norm: float, mark: float) -> None:
+        scores = self.updater.meter.read()
         _require_numbers(step, scores)
         now = time.monotonic()
-        record = {"kind": "train", "step": step, **self._with_total(scores), "lr": lr}
-        record["grad_norm"] = norm
+        record = {"kind": "train", "step": step, **self._with_total(scores)}
+        record |= {"lr": self.updater.learning_rate(step), "grad_norm": norm}
         record["tokens_per_second"] = scores["tokens"] / (now - mark)
         if self.peak_tokens:
             record["mfu"] = record["tokens_per_second"] / self.peak_tokens
@@ -177,7 +140,7 @@ class Trainer:
         )
         self.engine.eval()
         for batch in prefetch(batches, AHEAD):
-            meter.add(self._forward(batch)[1])
+            meter.add(self.updater.forward(batch)[1])
         self.engine.train()
         scores = meter.read()
         _require_numbers(step, scores)
@@ -237,10 +200,3 @@ def _require_numbers(step: int, scores: dict[str, float]) -> None:
             f"the loss is not a number at step {step}: lower optimizer.peak_lr or raise"
             " optimizer.warmup_steps, and run the same command again"
         )
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """What dropout draws from on this device. Seeding it alone takes 1/100 of torch.manual_seed."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.default_generator

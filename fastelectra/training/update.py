@@ -1,0 +1,70 @@
+"""One update of both networks from a step's micro-batches; needs no DeepSpeed."""
+
+import math
+
+import torch
+
+from fastelectra.config import Config
+from fastelectra.data.batch import Batch
+from fastelectra.training.launch import micro_batches
+from fastelectra.training.metrics import Meter
+from fastelectra.training.schedule import learning_rate
+
+
+class Updater:
+    """Runs batches through an engine, which owns model and optimizer.
+
+    `engine` is DeepSpeed's, or has its `__call__`, `backward`, `step`, `module`, `optimizer` and
+    `get_global_grad_norm`; `tells_norm`: whether the last one answers (at stage 0 in fp32 DeepSpeed
+    does not). `meter` adds up the metrics of the training batches.
+    """
+
+    def __init__(self, engine, config: Config, device: torch.device, tells_norm: bool = True):
+        self.engine, self.config, self.device = engine, config, device
+        self.tells_norm = tells_norm
+        self.meter = Meter()
+        self.batches_per_step = micro_batches(config)
+        self.generator = _default_generator(device)
+
+    def update(self, step: int, batches: list[Batch], wants_norm: bool = False) -> float:
+        """Update number `step` (from 1) from this rank's batches.
+
+        Returns the norm of the gradients before clipping; NaN if not wanted.
+        """
+        self._set_learning_rate(self.learning_rate(step))
+        norm = None
+        for number, batch in enumerate(batches, 1):
+            loss, metrics = self.forward(batch)
+            self.meter.add(metrics)
+            # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
+            self.engine.backward(loss * self.batches_per_step)
+            if wants_norm and not self.tells_norm and number == len(batches):
+                gradients = [p.grad for p in self.engine.module.parameters()]
+                norm = torch.nn.utils.get_total_norm(gradients)
+            self.engine.step()
+        if wants_norm and self.tells_norm:
+            norm = self.engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The model's loss and metrics; dropout depends on the batch, not on the rank."""
+        self.generator.manual_seed(batch.seed)
+        return self.engine(batch.to(self.device))
+
+    def learning_rate(self, step: int) -> float:
+        """Of update number `step`."""
+        optimizer = self.config.optimizer
+        return learning_rate(
+            step - 1, optimizer.peak_lr, optimizer.warmup_steps, self.config.training.steps
+        )
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """What dropout draws from on this device. Seeding it alone takes 1/100 of torch.manual_seed."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
