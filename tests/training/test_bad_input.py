@@ -89,6 +89,10 @@ def test_the_deepspeed_section_is_passed_on_and_completed(corpus):
         "stage": 3, "offload_optimizer": {"device": "cpu"}, "memory_efficient_linear": False
     }  # fmt: skip
     assert (plan.precision, plan.why, plan.stage, plan.accumulation) == ("bf16", "as asked", 3, 2)
+    unasked = plan_engine(config_with(corpus), ALONE)
+    assert (unasked.precision, unasked.why) in (
+        ("fp32", "this CPU has no fast bf16"), ("bf16", "this CPU is fast at it")
+    )  # fmt: skip
     plain = plan_engine(config_with(corpus, deepspeed={"bf16": {"enabled": False}}), ALONE)
     assert (plain.precision, plain.stage, plain.section["gradient_clipping"]) == ("fp32", 0, 1.0)
 

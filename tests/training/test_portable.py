@@ -67,7 +67,7 @@ def advance(engine, batches, lr=1e-3):
 
 
 PRECISIONS = {
-    "fp32": {},
+    "fp32": {"bf16": {"enabled": False}},
     "bf16": {"bf16": {"enabled": True}},  # gradients are summed in fp32 from stage 1 on
     "bf16, bf16 gradients": {
         "bf16": {"enabled": True},

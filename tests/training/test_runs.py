@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(straight, corpus):
     assert tokenizer.read_bytes() == (corpus / "tokenizer" / "vocab.txt").read_bytes()
     assert load_pretrained(run).has_generator
     for expected in (
-        r"fp32 \(this CPU has no fast bf16\), ZeRO stage 0|bf16 \(this CPU is fast at it\)",
+        r"fp32 \(as asked\), ZeRO stage 0",
         r"batch: 400 tokens × 2 micro-batches × 1 processes = 800 tokens a step",
         r"kernels: PyTorch",
         r"attention: ",
@@ -122,7 +122,7 @@ def test_resuming_is_exact_in_the_same_world(straight, corpus, train, tmp_path):
 def test_resuming_with_more_ranks_and_other_zero_stages(straight, corpus, train, tmp_path):
     run = interrupted(straight[0], 10, tmp_path / "run")
     config = tiny_config(corpus, run)
-    config["deepspeed"] = {"zero_optimization": {"stage": 2}}
+    config["deepspeed"] |= {"zero_optimization": {"stage": 2}}
     code, output = train(deepspeed(2), config)
     assert code == 0, output
     assert output.count("resuming from") == 1  # rank 0 alone speaks
@@ -131,7 +131,7 @@ def test_resuming_with_more_ranks_and_other_zero_stages(straight, corpus, train,
 
     back = interrupted(run, 15, tmp_path / "back")
     config = tiny_config(corpus, back)
-    config["deepspeed"] = {"zero_optimization": {"stage": 3}}
+    config["deepspeed"] |= {"zero_optimization": {"stage": 3}}
     code, output = train(torchrun(1), config)
     assert code == 0, output
     assert_same_end(back, straight[0], tolerance=1e-4)
