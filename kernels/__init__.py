@@ -15,6 +15,7 @@ from .linear_cross_entropy_sample import (
     linear_cross_entropy_sample_reference,
 )
 from .masked_gather import masked_gather, masked_gather_reference
+from .packed_attention import packed_attention, packed_attention_reference
 from .replace_tokens import replace_tokens, replace_tokens_reference
 from .replaced_token_loss import replaced_token_loss, replaced_token_loss_reference
 
@@ -32,6 +33,8 @@ __all__ = [
     "linear_cross_entropy_sample_reference",
     "masked_gather",
     "masked_gather_reference",
+    "packed_attention",
+    "packed_attention_reference",
     "replace_tokens",
     "replace_tokens_reference",
     "replaced_token_loss",

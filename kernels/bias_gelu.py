@@ -12,10 +12,13 @@ compiled products do not reach, against 101 µs of traffic. A few per cent of a 
 at best: not worth a matrix product of our own.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dispatch import operation, use_triton
+from . import cpu
+from .cpu import flush, loop, narrow, normal, widen
+from .dispatch import fused, operation, use_triton
 from .language import (
     ELEMENTS,
     PROGRAMS,
@@ -61,6 +64,28 @@ def _backward(
     tl.store(sums_ptr + tl.program_id(0) * F + column, tl.sum(d_bias, 0), column < F)
 
 
+@loop
+def _forward_loop(part, start, stop, x, bias, y):
+    for row in range(start, stop):
+        for j in range(x.shape[1]):
+            z = widen(x[row, j]) + widen(bias[j])
+            y[row, j] = narrow(z * normal(z)[0], y)
+
+
+@loop
+def _backward_loop(part, start, stop, dy, x, bias, dx, sums):
+    d_bias = np.zeros(x.shape[1], np.float32)
+    for row in range(start, stop):
+        for j in range(x.shape[1]):
+            z = widen(x[row, j]) + widen(bias[j])
+            distribution, density = normal(z)
+            slope = widen(dy[row, j]) * (distribution + z * density)
+            dx[row, j] = narrow(slope, dx)
+            d_bias[j] += slope
+        if row % 64 == 63 or row == stop - 1:
+            flush(d_bias, sums[part])
+
+
 def _blocks(x):
     """Constants of a launch over x, and its row and column blocks."""
     columns = min(256, max(16, power_of_two(x.shape[1])))
@@ -72,6 +97,9 @@ def _blocks(x):
 def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """→ y [N, F]."""
     y = x.new_empty(x.shape)
+    if not use_triton(x):
+        cpu.run(_forward_loop, x.shape[0], x, bias, y)
+        return y
     constants, row_blocks, column_blocks = _blocks(x)
     _forward[(row_blocks, column_blocks)](x, bias, y, x.shape[0], **constants, num_warps=4)
     return y
@@ -83,6 +111,10 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ gradients of x [N, F] and bias [F]."""
     dx = x.new_empty(x.shape)
+    if not use_triton(x):
+        sums = torch.zeros(cpu.parts(), x.shape[1], dtype=torch.float64)
+        cpu.run(_backward_loop, x.shape[0], dy, x, bias, dx, sums)
+        return dx, sums.sum(0).to(bias.dtype)
     constants, row_blocks, column_blocks = _blocks(x)
     programs = min(row_blocks, max(32, 2 * PROGRAMS // column_blocks))
     statistics = torch.promote_types(x.dtype, torch.float32)
@@ -103,7 +135,7 @@ forward.register_autograd(
 
 def bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """erf-GELU of x [N, F] + bias [F] → [N, F]."""
-    return forward(x, bias) if use_triton(x) else bias_gelu_reference(x, bias)
+    return forward(x, bias) if fused(x) else bias_gelu_reference(x, bias)
 
 
 def bias_gelu_reference(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,13 @@ loss. What is held: a chunk's logits, and the table gradient in fp32, which each
 reads and writes whole: so few chunks, of equal size.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dispatch import operation, use_triton
+from . import cpu
+from .cpu import INFINITY, ONE, ZERO, exp2, largest, loop, narrow, widen
+from .dispatch import fused, operation, use_triton
 from .language import LOG2_E, jit, power_of_two, tl
 
 CHUNK = {"cuda": 2048, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
@@ -86,6 +89,88 @@ def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outp
     )  # fmt: skip
 
 
+@loop
+def _masses(products, bias, row, factor, logits, tiles):
+    """Fill logits with the masses 2^(factor · logit - top) of a row, tiles with sums of 128 each.
+
+    Returns the largest logit and the sum of the masses.
+    """
+    width = products.shape[1]
+    for j in range(width):
+        logits[j] = (widen(products[row, j]) + widen(bias[j])) * factor
+    top = largest(logits, width)
+    shift = ZERO if top == -INFINITY else top
+    for j in range(width):
+        logits[j] = exp2(logits[j] - shift)
+    total = 0.0
+    for tile in range(len(tiles)):
+        mass = ZERO
+        for j in range(128):
+            mass += logits[tile * 128 + j]
+        tiles[tile] = mass
+        total += mass
+    return top, total
+
+
+@loop
+def _first_place(masses, first, last, goal):
+    """First of the places first … last - 1 at which the running sum exceeds goal, and what is left.
+
+    Only a place with mass; the last such if rounding put the goal beyond the total.
+    """
+    chosen, left = first, goal
+    for place in range(first, last):
+        if masses[place] > ZERO:
+            chosen, left = place, goal
+            if goal < masses[place]:
+                break
+            goal -= masses[place]
+    return chosen, left
+
+
+@loop
+def _rows_loop(part, start, stop, products, bias, labels, uniforms, loss, sampled, correct,
+               temperature, gradients):  # fmt: skip
+    """Of each row of products [m, W] its loss, sample and hit; the row becomes its gradient."""
+    width = products.shape[1]
+    tiles = np.empty(-(-width // 128), np.float32)
+    masses = np.zeros(len(tiles) * 128, np.float32)
+    for row in range(start, stop):
+        label = labels[row]
+        if temperature != ONE:
+            _masses(products, bias, row, cpu.LOG2_E / temperature, masses, tiles)
+            sampled[row] = _draw(masses, tiles, uniforms[row])
+        top, total = _masses(products, bias, row, cpu.LOG2_E, masses, tiles)
+        if temperature == ONE:
+            sampled[row] = _draw(masses, tiles, uniforms[row])
+        loss[row], correct[row] = ZERO, ZERO
+        if label >= 0:
+            target = (widen(products[row, label]) + widen(bias[label])) * cpu.LOG2_E
+            loss[row] = (top + np.float32(np.log2(total)) - target) / cpu.LOG2_E
+            correct[row] = np.float32(target >= top)
+        if gradients:
+            scale = np.float32(1 / total) if label >= 0 else ZERO
+            for j in range(width):
+                products[row, j] = narrow(masses[j] * scale, products)
+            if label >= 0:
+                products[row, label] = narrow(masses[label] * scale - ONE, products)
+
+
+@loop
+def _draw(masses, tiles, uniform):
+    total = ZERO
+    for tile in range(len(tiles)):
+        total += tiles[tile]
+    tile, left = _first_place(tiles, 0, len(tiles), uniform * total)
+    return _first_place(masses, tile * 128, (tile + 1) * 128, left)[0]
+
+
+def _rows_cpu(products, bias, labels, uniforms, temperature, gradients, *outputs):
+    """`_rows_triton` in loops on the CPU."""
+    work = products, bias, labels, uniforms, *outputs, np.float32(temperature), gradients
+    cpu.run(_rows_loop, products.shape[0], *work)
+
+
 def _rows_torch(products, bias, labels, uniforms, temperature, gradients, *outputs):
     """`_rows_triton` in PyTorch."""
     loss, sampled, correct = outputs
@@ -155,7 +240,9 @@ def forward(
     buffer = hidden.new_empty(min(chunk, rows), vocabulary + padding)
     buffer[:, vocabulary:] = 0
     padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
-    row_pass = _rows_triton if use_triton(hidden) else _rows_torch
+    row_pass = _rows_torch
+    if fused(hidden):
+        row_pass = _rows_triton if use_triton(hidden) else _rows_cpu
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         padded = buffer[: part.stop - start]

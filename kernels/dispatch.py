@@ -1,9 +1,11 @@
-"""Which path the ops take, decided here and nowhere else: Triton kernels or plain PyTorch."""
+"""Which path the ops take, decided here and nowhere else: Triton, CPU loops or plain PyTorch."""
 
 import functools
 import os
 
 import torch
+
+from . import cpu
 
 try:
     import triton
@@ -21,9 +23,10 @@ _backend = "auto"
 def set_backend(name: str) -> None:
     """Choose the path of every op from now on.
 
-    auto: Triton for CUDA tensors where triton is installed, else PyTorch. triton: the same, but
-    triton must be installed; in a process with TRITON_INTERPRET=1 it takes CPU tensors too, through
-    Triton's interpreter. torch: PyTorch on every device. Raises ValueError.
+    auto: Triton for CUDA tensors where triton is installed, compiled loops for fp32 and bf16 on the
+    CPU, else PyTorch. triton: the same, but triton must be installed; in a process with
+    TRITON_INTERPRET=1 it takes CPU tensors too, through Triton's interpreter. torch: PyTorch on
+    every device. Raises ValueError.
     """
     global _backend  # noqa: PLW0603
     if name not in BACKENDS:
@@ -40,17 +43,30 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or (CPU_TRITON and _backend == "triton")
 
 
-def describe() -> str:
-    """One line for start-up: which path the ops take, and why."""
+def use_loops(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` may run as compiled loops on the CPU."""
+    asked = _backend != "torch" and cpu.numba is not None
+    return asked and tensor.device.type == "cpu" and tensor.dtype in cpu.DTYPES
+
+
+def fused(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` runs fused, as Triton kernels or compiled loops, or in PyTorch."""
+    return use_triton(tensor) or use_loops(tensor)
+
+
+def describe(device: torch.device) -> str:
+    """One line for start-up: which path the ops take on a device, and why."""
     if _backend == "torch":
         return "kernels: PyTorch (as asked)"
-    if triton is None:
-        return "kernels: PyTorch (triton is not installed)"
-    if torch.cuda.is_available():
-        return f"kernels: Triton {triton.__version__} on {torch.cuda.get_device_name()}"
+    if device.type == "cuda":
+        if triton is None:
+            return "kernels: PyTorch (triton is not installed)"
+        return f"kernels: Triton {triton.__version__}"
     if INTERPRETED and _backend == "triton":
         return f"kernels: Triton {triton.__version__}, interpreted on the CPU"
-    return "kernels: PyTorch (no CUDA device; the Triton kernels need one)"
+    if cpu.numba is None:
+        return "kernels: PyTorch (numba is not installed)"
+    return "kernels: compiled loops for the CPU (the Triton kernels need a CUDA device)"
 
 
 class Operation:
@@ -68,7 +84,7 @@ class Operation:
             with torch.cuda.device_of(arguments[0]):
                 return function(*ready)
 
-        self.run, self.node = run, None
+        self.name, self.run, self.node = name, run, None
         self.custom_op = torch.library.custom_op(f"fastelectra::{name}", run, mutates_args=())
         self.register_fake = self.custom_op.register_fake
 
@@ -88,15 +104,14 @@ class Operation:
         def backward(ctx, gradient, *_):
             return (None,) * ctx.inputs if gradient is None else differentiate(ctx, gradient)
 
-        class Node(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *arguments):
-                output = self.run(*arguments)
-                setup_context(ctx, arguments, output)
-                return output
+        def forward(ctx, *arguments):
+            output = self.run(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
 
-        Node.backward = staticmethod(backward)
-        self.node = Node
+        once = torch.autograd.function.once_differentiable(backward)
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        self.node = type(self.name, (torch.autograd.Function,), methods)  # as profiles show it
         self.custom_op.register_autograd(backward, setup_context=setup_context)
 
     def __call__(self, *arguments):

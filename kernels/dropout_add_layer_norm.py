@@ -7,10 +7,13 @@ The three parameter gradients are summed in registers over the rows of a program
 programs, always in the same order.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dispatch import operation, use_triton
+from . import cpu
+from .cpu import ONE, ZERO, drop, flush, loop, narrow, random_bits, widen
+from .dispatch import fused, operation, use_triton
 from .language import (
     PROGRAMS,
     column_sums,
@@ -84,6 +87,71 @@ def _backward(
     tl.store(sums_ptr + 2 * H, tl.sum(d_bias, 0), column < H)
 
 
+@loop
+def _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z):
+    """z [H] = dropout(x + x_bias) + residual of one row, and its mean."""
+    if threshold:
+        random_bits(seed, row * (len(bits) // 4), bits)
+        for j in range(len(z)):
+            z[j] = drop(widen(x[row, j]) + widen(x_bias[j]), bits[j], threshold, scale)
+    else:
+        for j in range(len(z)):
+            z[j] = widen(x[row, j]) + widen(x_bias[j])
+    total = ZERO
+    for j in range(len(z)):
+        z[j] += widen(residual[row, j])
+        total += z[j]
+    return total / np.float32(len(z))
+
+
+@loop
+def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y, mean, rstd,
+                  width, threshold, scale, eps):  # fmt: skip
+    z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
+    for row in range(start, stop):
+        middle = _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z)
+        square = ZERO
+        for j in range(len(z)):
+            z[j] -= middle
+            square += z[j] * z[j]
+        deviation = ONE / np.sqrt(square / np.float32(len(z)) + eps)
+        for j in range(len(z)):
+            y[row, j] = narrow(z[j] * deviation * widen(weight[j]) + widen(bias[j]), y)
+        mean[row], rstd[row] = middle, deviation
+
+
+@loop
+def _backward_loop(part, start, stop, dy, x, x_bias, residual, weight, seed, mean, rstd, dx,
+                   d_residual, sums, width, threshold, scale):  # fmt: skip
+    z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
+    scaled, d_x_bias = np.empty_like(z), np.zeros_like(z)
+    d_weight, d_bias = np.zeros_like(z), np.zeros_like(z)
+    for row in range(start, stop):
+        _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z)
+        middle, deviation = mean[row], rstd[row]
+        total, along = ZERO, ZERO
+        for j in range(len(z)):
+            slope = widen(dy[row, j])
+            z[j] = (z[j] - middle) * deviation
+            d_weight[j] += slope * z[j]
+            d_bias[j] += slope
+            scaled[j] = slope * widen(weight[j])
+            total += scaled[j]
+            along += scaled[j] * z[j]
+        total /= np.float32(len(z))
+        along /= np.float32(len(z))
+        for j in range(len(z)):
+            dz = (scaled[j] - total - z[j] * along) * deviation
+            d_residual[row, j] = narrow(dz, d_residual)
+            dz = drop(dz, bits[j], threshold, scale) if threshold else dz
+            dx[row, j] = narrow(dz, dx)
+            d_x_bias[j] += dz
+        if row % 64 == 63 or row == stop - 1:
+            flush(d_x_bias, sums[part, 0])
+            flush(d_weight, sums[part, 1])
+            flush(d_bias, sums[part, 2])
+
+
 @operation("dropout_add_layer_norm")
 def forward(
     x: torch.Tensor,
@@ -98,6 +166,11 @@ def forward(
     """→ y [T, H], mean [T], 1/deviation [T]."""
     outputs = _forward_outputs(x)
     constants, warps = row_blocks(x.shape[1])
+    if not use_triton(x):
+        inputs = x, x_bias, residual, weight, bias, cpu.seed(seed)
+        dropping = cpu.dropping(constants["BH"], p)
+        cpu.run(_forward_loop, x.shape[0], *inputs, *outputs, *dropping, np.float32(eps))
+        return outputs
     grid = (-(-x.shape[0] // constants["R"]),)
     _forward[grid](
         x, x_bias, residual, weight, bias, seed, *outputs, x.shape[0],
@@ -126,6 +199,20 @@ def backward(
     """→ gradients of x [T, H] and residual [T, H]; of x_bias, weight and bias as one [3, H]."""
     dx, d_residual = x.new_empty(x.shape), x.new_empty(x.shape)
     constants, warps = row_blocks(x.shape[1])
+    if not use_triton(x):
+        sums = torch.zeros(cpu.parts(), 3, x.shape[1], dtype=torch.float64)
+        inputs = dy, x, x_bias, residual, weight, cpu.seed(seed), mean, rstd
+        dropping = cpu.dropping(constants["BH"], p)
+        cpu.run(
+            _backward_loop,
+            x.shape[0],
+            *inputs,
+            dx,
+            d_residual,
+            sums,
+            *dropping,
+        )
+        return dx, d_residual, sums.sum(0).to(torch.promote_types(x_bias.dtype, weight.dtype))
     programs = min(PROGRAMS, -(-x.shape[0] // constants["R"]))
     sums = mean.new_empty(programs, 3, x.shape[1])
     _backward[(programs,)](
@@ -171,7 +258,7 @@ def dropout_add_layer_norm(
     weight, bias [H]: of the LayerNorm. p: dropped share, 0 = none. seed [1] int64: of the mask.
     """
     arguments = x, x_bias, residual, weight, bias, p, seed, eps
-    if use_triton(x):
+    if fused(x):
         return forward(*arguments)[0]
     return dropout_add_layer_norm_reference(*arguments)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from fastelectra.errors import FastElectraError
+from fastelectra.kernels import packed_attention
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,6 @@ class Layout:
 
     cu_seqlens: torch.Tensor  # [N+1] int32: boundaries, the last = T; zero-length ones are harmless
     max_length: int  # bound on the length of a sequence
-    slots: torch.Tensor | None = None  # [T] int64: each row's place in B rows of L; CPU only
-    mask: torch.Tensor | None = None  # [B, 1, 1, L] bool: the places that are taken; CPU only
 
 
 def layout_of(cu_seqlens: torch.Tensor, tokens: int, max_length: int) -> Layout:
@@ -32,26 +30,19 @@ def layout_of(cu_seqlens: torch.Tensor, tokens: int, max_length: int) -> Layout:
     """
     chunks = torch.arange(1, -(-tokens // max_length) + 1, device=cu_seqlens.device)
     padding = (cu_seqlens[-1] + chunks * max_length).clamp(max=tokens).int()
-    cu_seqlens = torch.cat([cu_seqlens, padding])
-    if cu_seqlens.device.type != "cpu":
-        return Layout(cu_seqlens, max_length)
-    lengths = cu_seqlens.diff().long()
-    lengths = lengths[lengths > 0]  # [B]
-    longest = max(lengths.tolist(), default=0)  # L
-    first_row = lengths.cumsum(0) - lengths
-    first_slot = torch.arange(len(lengths)) * longest
-    slots = torch.arange(tokens) + (first_slot - first_row).repeat_interleave(lengths)
-    mask = torch.arange(longest) < lengths[:, None]  # [B, L]
-    return Layout(cu_seqlens, max_length, slots, mask[:, None, None])
+    return Layout(torch.cat([cu_seqlens, padding]), max_length)
 
 
-def attention(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def attention(
+    qkv: torch.Tensor, layout: Layout, dropout: float, seed: torch.Tensor
+) -> torch.Tensor:
     """softmax(q kᵀ / √d) v within each sequence: [T, 3, heads, d] → [T, heads, d].
 
-    `dropout` is the share of attention probabilities dropped, from torch's default generator.
+    `dropout` is the share of attention probabilities dropped; its mask comes from `seed` [1] int64
+    on the CPU, from torch's default generator on GPUs.
     """
     name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0)
-    return BACKENDS[name](qkv, layout, dropout)
+    return BACKENDS[name](qkv, layout, dropout, seed)
 
 
 def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> str:
@@ -80,7 +71,7 @@ def choose(
     Raises FastElectraError for a head size that no GPU implementation takes.
     """
     if capability is None:
-        return "padded SDPA"
+        return "packed"
     if head_size % 8 or head_size > 256:
         raise FastElectraError(
             f"a head size of {head_size} (hidden_size / heads) cannot run on a GPU: choose"
@@ -105,31 +96,25 @@ def installed() -> frozenset[str]:
     return frozenset(packages)
 
 
-def _padded(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
-    _, _, heads, size = qkv.shape
-    sequences, longest = layout.mask.shape[0], layout.mask.shape[3]
-    padded = qkv.new_zeros(sequences * longest, 3, heads, size).index_copy(0, layout.slots, qkv)
-    padded = padded.view(sequences, longest, 3, heads, size)
-    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind()  # (B, heads, L, d)
-    out = F.scaled_dot_product_attention(q, k, v, layout.mask, dropout)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.slots)
+def _packed(qkv: torch.Tensor, layout: Layout, dropout: float, seed: torch.Tensor) -> torch.Tensor:
+    return packed_attention(qkv, layout.cu_seqlens, dropout, seed)
 
 
-def _torch_varlen(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def _torch_varlen(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     cu, longest = layout.cu_seqlens, layout.max_length
     return varlen_attn(*qkv.unbind(1), cu, cu, longest, longest)
 
 
-def _torch_flash(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def _torch_flash(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
     cu, longest = layout.cu_seqlens, layout.max_length
     return torch.ops.aten._flash_attention_forward(
         *qkv.unbind(1), cu, cu, longest, longest, dropout, False, False
     )[0]
 
 
-def _torch_efficient(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def _torch_efficient(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
     q, k, v = (part.unsqueeze(0) for part in qkv.unbind(1))  # (1, T, heads, d)
     cu, longest = layout.cu_seqlens, layout.max_length
     return torch.ops.aten._efficient_attention_forward(
@@ -137,13 +122,13 @@ def _torch_efficient(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch
     )[0].squeeze(0)
 
 
-def _flash_attn_2(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def _flash_attn_2(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_qkvpacked_func
 
     return flash_attn_varlen_qkvpacked_func(qkv, layout.cu_seqlens, layout.max_length, dropout)
 
 
-def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Tensor:
+def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
     q, k, v = qkv.unbind(1)
@@ -159,7 +144,7 @@ def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float) -> torch.Te
 
 
 BACKENDS = {
-    "padded SDPA": _padded,
+    "packed": _packed,
     "memory-efficient": _torch_efficient,
     "torch varlen": _torch_varlen,
     "torch flash": _torch_flash,

@@ -100,8 +100,8 @@ class Electra(nn.Module):
         return network(embedded, layout, seeds[1:])
 
     def _dropout_seeds(self, batch: Batch) -> torch.Tensor:
-        """[2, 1 + 2 · layers] int64: one for every dropout, from torch's default generator."""
-        dropouts = 1 + 2 * len(self.discriminator.encoder)
+        """[2, 1 + 3 · layers] int64: one for every dropout, from torch's default generator."""
+        dropouts = 1 + 3 * len(self.discriminator.encoder)
         return torch.randint(2**63 - 1, (2, dropouts), device=batch.tokens.device)
 
 

@@ -28,9 +28,9 @@ class Network(nn.Module):
         self.head = head
 
     def forward(self, embedded: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
-        """[T, E] → [T, H]; `seeds` [2 · layers] int64 are those of the layers' dropouts."""
+        """[T, E] → [T, H]; `seeds` [3 · layers] int64 are those of the layers' dropouts."""
         hidden = embedded if self.project is None else self.project(embedded)
-        for layer, layer_seeds in zip(self.encoder, seeds.view(-1, 2), strict=True):
+        for layer, layer_seeds in zip(self.encoder, seeds.view(-1, 3), strict=True):
             hidden = layer(hidden, layout, layer_seeds)
         return hidden
 
@@ -49,12 +49,12 @@ class Layer(nn.Module):
         self.attention_dropout = model.attention_dropout
 
     def forward(self, hidden: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]; seeds [2] int64."""
+        """[T, H] → [T, H]; seeds [3] int64."""
         qkv = self.qkv(hidden).unflatten(1, (3, self.heads, -1))  # (T, 3, heads, d)
         dropout = self.attention_dropout if self.training else 0.0
-        context = attention(qkv, layout, dropout).flatten(1)  # (T, H)
-        hidden = self.attention_output(context, hidden, seeds[:1])
-        return self.output(self.intermediate(hidden), hidden, seeds[1:])
+        context = attention(qkv, layout, dropout, seeds[:1]).flatten(1)  # (T, H)
+        hidden = self.attention_output(context, hidden, seeds[1:2])
+        return self.output(self.intermediate(hidden), hidden, seeds[2:])
 
 
 class Intermediate(nn.Module):

@@ -1,4 +1,4 @@
-"""The PyTorch path of every op, which trains on the CPU, and the choice of the path."""
+"""Every op on CPU tensors: the PyTorch path, and the choice of the path."""
 
 import subprocess
 import sys
@@ -200,22 +200,27 @@ def test_backends(monkeypatch):
         for name in dispatch.BACKENDS:
             kernels.set_backend(name)
             assert not dispatch.use_triton(torch.zeros(1)), "no GPU, no interpreter"
-            assert "PyTorch" in kernels.describe() or torch.cuda.is_available()
+            line = kernels.describe(torch.device("cpu"))
+            assert line.startswith("kernels: PyTorch (as asked)" if name == "torch" else
+                                   "kernels: compiled loops for the CPU")  # fmt: skip
         with pytest.raises(ValueError, match="must be one of auto, triton, torch"):
             kernels.set_backend("cuda")
         monkeypatch.setattr(dispatch, "triton", None)
         with pytest.raises(ValueError, match="pip install triton"):
             kernels.set_backend("triton")
         kernels.set_backend("auto")
-        assert "not installed" in kernels.describe()
+        assert "triton is not installed" in kernels.describe(torch.device("cuda"))
+        monkeypatch.setattr(dispatch.cpu, "numba", None)
+        assert not dispatch.fused(torch.zeros(1))
+        assert "numba is not installed" in kernels.describe(torch.device("cpu"))
     finally:
         kernels.set_backend("auto")
 
 
-def test_imports_and_runs_without_triton():
+def test_imports_and_runs_without_triton_and_numba():
     code = """
 import sys
-sys.modules["triton"] = None
+sys.modules["triton"] = sys.modules["numba"] = None
 import torch
 from fastelectra import kernels
 x = torch.ones(3, 4, requires_grad=True)
@@ -225,7 +230,7 @@ tail = torch.ones(1), torch.ones(3, dtype=torch.int32), torch.tensor(3, dtype=to
 kernels.replaced_token_loss(x, one, one, *tail)[0].backward()
 labels = torch.zeros(3, dtype=torch.int32)
 kernels.linear_cross_entropy_sample(x, torch.ones(9, 4), torch.ones(9), labels, torch.rand(3))
-print(kernels.describe())
+print(kernels.describe(torch.device("cuda")))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr

@@ -11,6 +11,8 @@ from fastelectra.errors import FastElectraError
 from fastelectra.model import attention
 from fastelectra.model.attention import choose, layout_of
 
+SEED = torch.tensor([7])
+
 
 def reference(qkv, cu_seqlens):
     """Sequence by sequence, written out."""
@@ -30,7 +32,7 @@ def test_cpu_equals_a_loop_over_sequences(lengths, padding):
     shape = (real + padding, 3, 2, 4)
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     qkv.requires_grad_()
-    out = attention.attention(qkv, layout_of(cu_seqlens, len(qkv), max([4, *lengths])), 0.0)
+    out = attention.attention(qkv, layout_of(cu_seqlens, len(qkv), max([4, *lengths])), 0.0, SEED)
     assert out.shape == (real + padding, 2, 4)
     assert out.isfinite().all()  # padding too: nothing may leak a NaN into a matrix product
     torch.testing.assert_close(out[:real], reference(qkv, cu_seqlens)[:real])
@@ -51,8 +53,8 @@ def test_dropout_keeps_the_expectation():
     copies, length = 2000, 6
     qkv = torch.randn(length, 3, 2, 4).repeat(copies, 1, 1, 1)
     layout = layout_of(torch.arange(0, len(qkv) + 1, length, dtype=torch.int32), len(qkv), length)
-    draws = attention.attention(qkv, layout, 0.5).view(copies, length, 2, 4)
-    exact = attention.attention(qkv, layout, 0.0)[:length]
+    draws = attention.attention(qkv, layout, 0.5, SEED).view(copies, length, 2, 4)
+    exact = attention.attention(qkv, layout, 0.0, SEED)[:length]
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(draws.mean(0), exact, atol=0.1, rtol=0)
 
@@ -63,8 +65,8 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
 @pytest.mark.parametrize(
     ("capability", "dtype", "dropout", "packages", "expected"),
     [
-        (None, torch.float32, True, BOTH, "padded SDPA"),
-        (None, torch.bfloat16, False, BOTH, "padded SDPA"),
+        (None, torch.float32, True, BOTH, "packed"),
+        (None, torch.bfloat16, False, BOTH, "packed"),
         ((9, 0), torch.float32, False, BOTH, "memory-efficient"),
         ((7, 5), torch.float16, True, BOTH, "memory-efficient"),
         ((9, 0), torch.bfloat16, True, frozenset(), "torch flash"),
@@ -86,12 +88,12 @@ def test_head_sizes_that_no_gpu_takes_are_an_error():
     for head_size in (20, 264):
         with pytest.raises(FastElectraError, match=f"head size of {head_size}"):
             choose((8, 0), torch.bfloat16, head_size, True, frozenset())
-        assert choose(None, torch.float32, head_size, True, frozenset()) == "padded SDPA"
+        assert choose(None, torch.float32, head_size, True, frozenset()) == "packed"
 
 
 def test_description_names_the_implementation_in_use():
     described = attention.describe(torch.device("cpu"), torch.float32, 64, 0.1)
-    assert described == "attention: padded SDPA"
+    assert described == "attention: packed"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +103,7 @@ def test_torchs_gpu_operators_take_our_call(name, dropout):
     """Forward and backward on the meta device: torch checks arguments, shapes and derivatives."""
     qkv = torch.empty(12, 3, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     layout = layout_of(torch.empty(5, dtype=torch.int32, device="meta"), 12, 6)
-    out = attention.BACKENDS[name](qkv, layout, dropout)
+    out = attention.BACKENDS[name](qkv, layout, dropout, SEED)
     assert out.shape == (12, 2, 64)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
@@ -149,5 +151,7 @@ def test_flash_attention_packages_are_called_as_documented(monkeypatch):
     qkv = torch.randn(9, 3, 2, 4)
     layout = layout_of(torch.tensor([0, 5, 9], dtype=torch.int32), 9, 6)
     expected = reference(qkv, layout.cu_seqlens)
-    torch.testing.assert_close(attention.BACKENDS["flash-attn 2"](qkv, layout, 0.25), expected)
-    torch.testing.assert_close(attention.BACKENDS["flash-attn 4"](qkv, layout, 0.0), expected)
+    torch.testing.assert_close(
+        attention.BACKENDS["flash-attn 2"](qkv, layout, 0.25, SEED), expected
+    )
+    torch.testing.assert_close(attention.BACKENDS["flash-attn 4"](qkv, layout, 0.0, SEED), expected)

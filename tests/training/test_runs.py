@@ -95,7 +95,7 @@ def test_a_run_leaves_what_it_promises(straight, corpus):
     for expected in (
         r"fp32 \(as asked\), ZeRO stage 0",
         r"batch: 400 tokens × 2 micro-batches × 1 processes = 800 tokens a step",
-        r"kernels: PyTorch",
+        r"kernels: compiled loops for the CPU",
         r"attention: ",
         r"unlike the paper, for speed: .*packed",
         r"step +5/20 +mlm [\d.]+ +disc [\d.]+ \(H [\d.]+\) +fake [\d.]+% +auc [\d.]+ +norm .*"
@@ -167,7 +167,8 @@ def merged(batches: list[Batch]) -> Batch:
 def test_ranks_and_accumulation_equal_one_big_batch(corpus, train, tmp_path):
     values = tiny_config(corpus, tmp_path / "run", steps=6, batch_tokens=2000, log_every=1)
     values["model"] |= {"dropout": 0.0, "attention_dropout": 0.0}
-    values["optimizer"] |= {"peak_lr": 5e-3, "warmup_steps": 2}
+    # a large ε: for next to no gradient a small one makes an update of its rounding error
+    values["optimizer"] |= {"peak_lr": 5e-3, "warmup_steps": 2, "epsilon": 1e-4}
     values["training"] |= {"eval_every": 100, "checkpoint_every": 100, "micro_batch_tokens": 500}
     code, output = train(deepspeed(2), values)
     assert code == 0, output
@@ -197,7 +198,7 @@ def test_ranks_and_accumulation_equal_one_big_batch(corpus, train, tmp_path):
             m.mul_(0.9).add_(g, alpha=0.1)
             v.mul_(0.999).addcmul_(g, g, value=0.001)
             decay = 0.01 if p.ndim > 1 else 0.0
-            p.data.sub_(lr * (m / (v.sqrt() + 1e-6) + decay * p.data))
+            p.data.sub_(lr * (m / (v.sqrt() + 1e-4) + decay * p.data))
     assert len(sizes) > 3  # ragged
     trained = checkpoint.read_weights(checkpoint.resolve(tmp_path / "run"))
     for name, parameter in model.named_parameters():

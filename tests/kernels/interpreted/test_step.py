@@ -69,4 +69,6 @@ def test_no_worse_than_twice_pytorchs_error(model, dtype):
     fused, plain = step(model, "triton"), step(model, "torch")
     for name, value in truth.items():
         error, allowed = ((way[name].double() - value).norm() for way in (fused, plain))
-        assert error <= 2 * allowed + 1e-6 * value.norm(), name
+        # the errors of a sum may cancel by chance
+        slack = 5e-4 if dtype == torch.bfloat16 and not value.ndim else 1e-6
+        assert error <= 2 * allowed + slack * value.norm(), name

@@ -1,0 +1,322 @@
+"""numba for the op files, importable where numba is absent, and what their CPU loops share.
+
+A loop gets the rows [start, stop) that are its part of the work, and computes in fp32. Bits of
+bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops into vector code.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+OPTIONS = {
+    # sums may be reordered and fused; NaN and infinity mean what they mean
+    "fastmath": {"reassoc", "nsz", "contract", "arcp", "afn"},
+    # no ZeroDivisionError: loops that may raise are not turned into vector code
+    "error_model": "numpy",
+}
+
+try:
+    import numba
+    from llvmlite import ir
+    from numba.extending import intrinsic, overload
+
+    # numba keeps what it compiled until the file of a function changes, not those it calls
+    _sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+    CACHE = Path.home() / ".cache/fastelectra/loops" / hashlib.sha256(_sources).hexdigest()[:16]
+
+    def loop(function):
+        """Compile a loop, or a function of loops: LLVM inlines small ones."""
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+        try:
+            return numba.njit(cache=True, nogil=True, **OPTIONS)(function)
+        except RuntimeError:  # no place for a cache
+            return numba.njit(nogil=True, **OPTIONS)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+except ImportError:  # the loops are then never called
+    numba = None
+
+    def loop(function):
+        """Leave the function as it is."""
+        return function
+
+    def overload(_, **options):
+        """Leave the function as it is."""
+        return loop
+
+    intrinsic = loop
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+LOG2_E = np.float32(1.4426950408889634)
+ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
+INFINITY = np.float32(np.inf)
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a CPU tensor; bf16 as uint16."""
+    tensor = tensor.detach()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def run(work, rows: int, *arguments) -> None:
+    """work(part, start, stop, *arguments) on all of torch's threads, each with a part of the rows.
+
+    Tensors are passed as arrays.
+    """
+    arguments = [array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    share = -(-rows // parts())
+    starts = range(0, rows, max(1, share))
+    bounds = [(part, first, min(rows, first + share)) for part, first in enumerate(starts)]
+    others = [_pool().submit(work, *b, *arguments) for b in bounds[1:]]
+    for b in bounds[:1]:
+        work(*b, *arguments)
+    for other in others:
+        other.result()
+
+
+def parts() -> int:
+    """How many parts `run` makes of the rows: one a thread."""
+    return torch.get_num_threads()
+
+
+def seed(tensor: torch.Tensor) -> np.uint64:
+    """A dropout's seed [1] int64 as the loops take it."""
+    return np.uint64(tensor.item() & 0xFFFFFFFFFFFFFFFF)
+
+
+def dropping(width: int, p: float) -> tuple[int, np.uint32, np.float32]:
+    """Random bits of a row, and the threshold and scale of `drop`, for a dropped share p."""
+    threshold = int(p * 2**32)
+    return width, np.uint32(threshold), np.float32(2**32 / (2**32 - threshold))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, parts() - 1), "fastelectra")
+
+
+@intrinsic
+def as_float(typing, bits):
+    """The fp32 number of these bits (uint32)."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return numba.float32(numba.uint32), generate
+
+
+@intrinsic
+def as_bits(typing, number):
+    """The bits (uint32) of an fp32 number."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return numba.uint32(numba.float32), generate
+
+
+def widen(x):
+    """An element of an array as fp32."""
+    raise TypeError("a function of compiled loops")
+
+
+@overload(widen, jit_options=OPTIONS)
+def _(x):
+    if isinstance(x, numba.types.Float):
+        return lambda x: x
+    return lambda x: as_float(np.uint32(x) << np.uint32(16))
+
+
+def narrow(x, like):
+    """fp32 as the type of the array `like`, rounded to nearest even."""
+    raise TypeError("a function of compiled loops")
+
+
+@overload(narrow, jit_options=OPTIONS)
+def _(x, like):
+    if isinstance(like.dtype, numba.types.Float):
+        return lambda x, like: x
+    return lambda x, like: _round(x)
+
+
+@loop
+def _round(x):
+    bits = as_bits(x)
+    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint16((np.uint32(0x7FC00000) if np.isnan(x) else rounded) >> np.uint32(16))
+
+
+@loop
+def exp2(x):
+    """2^x for x ≤ 0, to 2e-7; 0 below -126."""
+    bounded = np.float32(-126) if x < np.float32(-126) else x
+    whole = np.floor(bounded)
+    t = bounded - whole
+    p = np.float32(1.8775767e-3)
+    p = p * t + np.float32(8.9893397e-3)
+    p = p * t + np.float32(5.5826318e-2)
+    p = p * t + np.float32(2.4015361e-1)
+    p = p * t + np.float32(6.9315308e-1)
+    p = p * t + np.float32(9.9999994e-1)
+    power = as_float(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+    return ZERO if x < np.float32(-126) else p * power
+
+
+@loop
+def normal(x):
+    """Φ(x) and φ(x), as in language.normal: off by less than 7.5e-8."""
+    density = np.float32(0.3989422804014327) * exp2(x * x * (np.float32(-0.5) * LOG2_E))
+    t = ONE / (ONE + np.float32(0.2316419) * abs(x))
+    tail = np.float32(1.330274429) * t - np.float32(1.821255978)
+    tail = ((tail * t + np.float32(1.781477937)) * t - np.float32(0.356563782)) * t
+    tail = (tail + np.float32(0.319381530)) * t * density
+    return (ONE - tail if x > ZERO else tail), density
+
+
+@loop
+def random_bits(seed, counter, bits):
+    """Fill bits [4 N] uint32 with Philox 4x32-7 of counters counter … counter + N - 1.
+
+    The numbers that language.dropout draws from the same seed and counters.
+    """
+    first_key = np.uint32(seed & np.uint64(0xFFFFFFFF))
+    second_key = np.uint32(seed >> np.uint64(32))
+    for i in range(len(bits) // 4):
+        k0, k1 = first_key, second_key
+        place = np.uint64(counter) + np.uint64(i)
+        c0, c1 = np.uint32(place), np.uint32(place >> np.uint64(32))
+        c2, c3 = np.uint32(0), np.uint32(0)
+        for _ in range(7):
+            a = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
+            b = np.uint64(np.uint32(0xCD9E8D57)) * np.uint64(c2)
+            c0 = np.uint32(b >> np.uint64(32)) ^ c1 ^ k0
+            c1 = np.uint32(b)
+            c2 = np.uint32(a >> np.uint64(32)) ^ c3 ^ k1
+            c3 = np.uint32(a)
+            k0 = np.uint32(k0 + np.uint32(0x9E3779B9))
+            k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
+        bits[4 * i], bits[4 * i + 1], bits[4 * i + 2], bits[4 * i + 3] = c0, c1, c2, c3
+
+
+@loop
+def drop(x, bits, threshold, scale):
+    """x · scale where the 32 random bits are ≥ threshold, else 0."""
+    return x * scale if bits >= threshold else ZERO
+
+
+@loop
+def flush(few, many):
+    """Add a sum over few rows, in fp32, to that over many, in fp64, and begin it anew."""
+    for j in range(len(few)):
+        many[j] += few[j]
+        few[j] = ZERO
+
+
+@loop
+def _ordered(bits):
+    """Bits of fp32 as an integer of the same order, a NaN above infinity; its own inverse."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@loop
+def largest(row, length):
+    """Largest of length numbers, NaN if one is."""
+    top = np.int32(-0x80000000)  # compared as integers, which LLVM does in vectors
+    for j in range(length):
+        top = max(top, _ordered(np.int32(as_bits(row[j]))))
+    return as_float(np.uint32(_ordered(top)))
+
+
+TILE = 4, 32  # rows and columns of a product that stay in registers
+
+
+@intrinsic
+def _add_tile(typing, out, out_step, c, c_row, c_step, x, x_step, depth):
+    """out [4, 32] += c [4, depth] @ x [depth, 32]: addresses, and the bytes from row to row.
+
+    c_row, c_step: from row to row and from column to column of c. Written in LLVM's language: from
+    a loop in numba's it makes a third of the speed, because the sums go through memory.
+    """
+
+    def generate(context, builder, signature, arguments):
+        out, out_step, c, c_row, c_step, x, x_step, depth = arguments
+        number, vector, integer = ir.FloatType(), ir.VectorType(ir.FloatType(), 16), out.type
+        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16)
+        vectors = TILE[1] // 16
+
+        def pointer(kind, address, *steps):
+            for step, count in steps:
+                address = builder.add(address, builder.mul(step, count))
+            return builder.inttoptr(address, kind.as_pointer())
+
+        places = [
+            pointer(vector, out, (out_step, integer(row)), (integer(64), integer(v)))
+            for row in range(TILE[0])
+            for v in range(vectors)
+        ]
+        starts = [builder.load(place, align=4) for place in places]
+        before = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("products", "stores"))
+        builder.cbranch(builder.icmp_signed(">", depth, integer(0)), body, after)
+        builder.position_at_end(body)
+        k = builder.phi(integer)
+        k.add_incoming(integer(0), before)
+        sums = [builder.phi(vector) for _ in starts]
+        parts = [
+            builder.load(pointer(vector, x, (x_step, k), (integer(64), integer(v))), align=4)
+            for v in range(vectors)
+        ]
+        ends = []
+        for row in range(TILE[0]):
+            factor = builder.load(pointer(number, c, (c_row, integer(row)), (c_step, k)))
+            lanes = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
+            lanes = builder.shuffle_vector(lanes, lanes, first_lane)
+            for part in parts:
+                product = builder.fmul(lanes, part, flags=("contract",))
+                ends.append(builder.fadd(sums[len(ends)], product, flags=("contract",)))
+        following = builder.add(k, integer(1))
+        k.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, depth), body, after)
+        builder.position_at_end(after)
+        results = [builder.phi(vector) for _ in starts]
+        for start, end, total, result in zip(starts, ends, sums, results, strict=True):
+            for phi in (total, result):
+                phi.add_incoming(start, before)
+                phi.add_incoming(end, body)
+        for place, result in zip(places, results, strict=True):
+            builder.store(result, place, align=4)
+        return context.get_dummy_value()
+
+    return numba.void(*[numba.int64] * 8), generate
+
+
+@loop
+def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
+    """`add_product` to zeros."""
+    out[:rows, :columns] = ZERO
+    add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
+
+
+@loop
+def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
+    """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
+
+    transposed: c[first : first + depth, :rows]ᵀ instead. Rows are taken in fours and columns in
+    32s, for which there must be room everywhere; what is beyond rows and columns means nothing.
+    """
+    item, width = c.itemsize, c.shape[1] * c.itemsize
+    c_row, c_step = (item, width) if transposed else (width, item)
+    c_address = c.ctypes.data + first * width
+    for i in range(0, rows, 4):
+        for j in range(0, columns, 32):
+            _add_tile(
+                out.ctypes.data + (i * out.shape[1] + j) * item, out.shape[1] * item,
+                c_address + i * c_row, c_row, c_step,
+                x.ctypes.data + (x_first * x.shape[1] + j) * item, x.shape[1] * item, depth,
+            )  # fmt: skip

@@ -1,0 +1,193 @@
+"""The compiled loops that train on the CPU: as exact as PyTorch, same bits every time."""
+
+import kernel_cases
+import numpy as np
+import philox
+import pytest
+import torch
+from fastelectra.kernels import cpu, dispatch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastelectra import kernels
+
+
+def packed_attention(g, rows, width):
+    """Sequences of every length from 0 up, of two heads, in `rows` rows."""
+    lengths, left = [], rows
+    while left:
+        lengths.append(min(left, len(lengths) * 3 % 40))
+        left -= lengths[-1]
+    qkv = torch.randn(rows, 3, 2, width, generator=g, dtype=torch.float64)
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    return [2 * qkv, boundaries, 0.0, torch.tensor([7])]
+
+
+CASES = {
+    "packed_attention": (
+        packed_attention, kernels.packed_attention, kernels.packed_attention_reference
+    ),
+    **{name: kernel_cases.CASES[name]
+       for name in ("bias_gelu", "dropout_add_layer_norm", "chunked_cross_entropy")},
+}  # fmt: skip
+every_op = pytest.mark.parametrize("name", CASES)
+every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def cases(monkeypatch):
+    monkeypatch.setattr(kernel_cases, "CASES", CASES)
+    assert dispatch.use_loops(torch.zeros(1))
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_op
+@every_type
+@pytest.mark.parametrize(("rows", "width"), [(300, 64), (70, 37), (513, 16)])
+def test_error_is_at_most_twice_that_of_pytorch(name, dtype, rows, width):
+    low = kernel_cases.make(name, rows, width, dtype)
+    exact = [kernel_cases.convert(value, torch.float64) for value in low]
+    truth = kernel_cases.with_gradients(kernel_cases.reference(name), exact)
+    plain = kernel_cases.with_gradients(kernel_cases.reference(name), low)
+    loops = kernel_cases.with_gradients(kernel_cases.operation(name), low)
+    for place, (t, p, ours) in enumerate(zip(truth, plain, loops, strict=True)):
+        assert ours.dtype == p.dtype
+        slack = 1e-6 if t.ndim or dtype == torch.float32 else 1e-4  # a sum's errors may cancel
+        allowed = 2 * (p.double() - t).norm() + slack * t.norm()
+        assert (ours.double() - t).norm() <= allowed, f"output {place}"
+
+
+@every_op
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(rows=st.integers(0, 150), width=st.integers(1, 80))
+def test_any_shape(name, rows, width):
+    if name == "dropout_add_layer_norm":
+        width += 3  # the deviation of few numbers may be next to 0: rounding is then everything
+    inputs = kernel_cases.make(name, rows, width, torch.float32)
+    loops = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
+    plain = kernel_cases.with_gradients(kernel_cases.reference(name), inputs)
+    for f, p in zip(loops, plain, strict=True):
+        torch.testing.assert_close(f, p, rtol=2e-4, atol=2e-5)
+
+
+@every_op
+@every_type
+def test_two_runs_are_bitwise_equal(name, dtype):
+    inputs = kernel_cases.make(name, 200, 24, dtype)
+    once, twice = (
+        kernel_cases.with_gradients(kernel_cases.operation(name), inputs) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@every_op
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads(name, threads):
+    inputs = kernel_cases.make(name, 130, 24, torch.float32)
+    expected = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
+    finally:
+        torch.set_num_threads(before)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+
+@every_op
+def test_not_a_number_is_passed_on(name):
+    inputs = kernel_cases.make(name, 40, 24, torch.bfloat16)
+    with torch.no_grad():
+        inputs[0][33] = torch.nan
+    assert kernel_cases.operation(name)(*inputs).isnan().any()
+
+
+@pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
+def test_dropout_drops_what_philox_says(p, seed):
+    rows, width = 37, 44
+    *inputs, _, _, eps = kernel_cases.make("dropout_add_layer_norm", rows, width, torch.float32)
+    scale = philox.mask(rows, width, 64, p, seed).float()
+
+    def expected(x, x_bias, residual, *rest):
+        x, zero = (x + x_bias) * scale, torch.zeros_like(x_bias)
+        return kernels.dropout_add_layer_norm_reference(x, zero, residual, *rest, 0.0, None, eps)
+
+    def actual(*inputs):
+        return kernels.dropout_add_layer_norm(*inputs, p, torch.tensor([seed]), eps)
+
+    for a, e in zip(
+        kernel_cases.with_gradients(actual, inputs),
+        kernel_cases.with_gradients(expected, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.6, 2**62 + 5)])
+def test_attention_drops_what_philox_says(p, seed):
+    rows, heads, block = 50, 2, 20  # the longest sequence of 18, in fours
+    boundaries = torch.tensor([0, 18, 18, 25, 40, 50], dtype=torch.int32)
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(rows, 3, heads, 12, generator=g).requires_grad_()
+    kept = philox.mask(rows * heads, block, block, p, seed).float().view(rows, heads, block)
+
+    def expected(qkv):
+        parts = []
+        for first, last in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
+            q, k, v = qkv[first:last].transpose(0, 2).unbind(1)
+            probabilities = (q @ k.transpose(1, 2) / 12**0.5).softmax(2)
+            mask = kept[first:last, :, : last - first].transpose(0, 1)
+            parts.append(((probabilities * mask) @ v).transpose(0, 1))
+        return torch.cat(parts)
+
+    def actual(qkv):
+        return kernels.packed_attention(qkv, boundaries, p, torch.tensor([seed]))
+
+    for a, e in zip(
+        kernel_cases.with_gradients(actual, [qkv]),
+        kernel_cases.with_gradients(expected, [qkv]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_of_extreme_scores():
+    boundaries = torch.tensor([0, 4], dtype=torch.int32)
+    qkv = torch.zeros(4, 3, 1, 4)
+    qkv[:, 0, 0, 0], qkv[:, 1, 0, 0] = 100, torch.tensor([-100.0, 0.0, 100.0, 99.99])
+    qkv[:, 2, 0, 0] = torch.arange(4)
+    out = kernels.packed_attention(qkv.requires_grad_(), boundaries, 0.0, torch.tensor([0]))
+    expected = kernels.packed_attention_reference(qkv, boundaries, 0.0, None)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)  # scores of 5 000
+    assert torch.autograd.grad(out.sum(), qkv)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+def test_samples_invert_the_distribution_over_many_tiles(temperature):
+    g = torch.Generator().manual_seed(4)
+    rows, width, vocabulary = 300, 16, 3_000
+    hidden, weight = torch.randn(rows, width, generator=g), torch.randn(vocabulary, width)
+    bias = torch.randn(vocabulary, generator=g)
+    bias[:500] = -torch.inf  # whole tiles without mass, and a part of one
+    uniforms = torch.rand(rows, generator=g)
+    uniforms[:3] = torch.tensor([0.0, 1 - 2.0**-24, 1e-12])
+    labels = torch.randint(500, vocabulary, (rows,), generator=g, dtype=torch.int32)
+    _, sampled, _ = kernels.linear_cross_entropy_sample(
+        hidden, weight, bias, labels, uniforms, temperature
+    )
+    exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
+    kernel_cases.assert_inverse_of(exact, uniforms, sampled)
+
+
+def test_exponential_and_normal_distribution():
+    x = np.linspace(-126, 0, 2001).astype(np.float32)
+    power = np.array([cpu.exp2(value) for value in x])
+    assert np.abs(power / np.exp2(x.astype(np.float64)) - 1).max() < 4e-7
+    assert cpu.exp2(np.float32(-127)) == cpu.exp2(np.float32(-np.inf)) == 0
+    z = np.linspace(-6, 6, 1201).astype(np.float32)
+    below = np.array([cpu.normal(value)[0] for value in z])
+    exact = torch.special.ndtr(torch.from_numpy(z).double()).numpy()
+    assert np.abs(below - exact).max() < 3e-7
