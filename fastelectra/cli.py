@@ -13,6 +13,7 @@ COMMANDS = {  # name: (module, function that adds its arguments, function that r
     "explain": ("explain", "add_arguments", "run", "show what both networks make of a sentence"),
     "export": ("hub", "add_export_arguments", "run_export", "write Hugging Face checkpoints"),
     "import": ("hub", "add_import_arguments", "run_import", "start from Hugging Face checkpoints"),
+    "flops": ("training.flops", "add_arguments", "run", "count the arithmetic of a run"),
 }
 
 

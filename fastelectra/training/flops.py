@@ -1,8 +1,27 @@
-"""How much arithmetic a token costs and a GPU can do: model FLOPs utilisation (MFU)."""
+"""How much arithmetic a token, a step and a run cost, and how much a GPU can do: `fastelectra
+flops`.
+
+Two ways of counting, over the same parts:
+
+- MFU's: matrix products alone, backward = 2 × forward, embeddings looked up for nothing, the
+  vocabulary at the masked share of the positions. ELECTRA.md's 71.4, 677.6 and 2188 MFLOP a token
+  (small, base, large) are this plus 1 to 2 % of element-wise work, which no matrix unit does.
+- The paper's, as google-research/electra prints it: element-wise operations too, embeddings as
+  products with one-hot vectors, backward = forward, the vocabulary at .15625 of the positions.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from fastelectra.config import Config, generator_sizes
+from fastelectra.config import Config, generator_sizes, load_config
+
+PAPER_SHARE = 0.15625  # of the positions are predicted, in the paper's count
+PAPER_VOCABULARY = 30_522
+# Operations on one element, in the paper's count.
+DROPOUT, LAYER_NORM, GELU, SOFTMAX = 4, 5, 8, 5
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; first match counts.
 PEAK_TFLOPS = {
@@ -28,19 +47,100 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(config: Config, vocab_size: int) -> float:
-    """Matrix-product FLOPs of one training token, both networks, backward = 2 × forward.
+@dataclass(frozen=True)
+class Part:
+    """Forward FLOPs of one token in one part of the step."""
 
-    Embeddings are look-ups, the vocabulary product is done at the masked share of the positions,
-    every token attends to an example of the full length.
-    """
-    model, share = config.model, config.data.mask_fraction
-    generator = generator_sizes(model)
-    forward = 0.0
-    for hidden, intermediate, _ in ((model.hidden_size, model.intermediate_size, 0), generator):
-        layer = 8 * hidden**2 + 4 * hidden * intermediate + 4 * config.data.max_length * hidden
-        project = 2 * model.embedding_size * hidden if hidden != model.embedding_size else 0
-        forward += model.layers * layer + project
-    forward += 2 * model.hidden_size * (model.hidden_size + 1)  # discriminator head
-    forward += share * 2 * model.embedding_size * (generator[0] + vocab_size)  # generator head
-    return 3 * forward
+    name: str
+    products: float  # matrix products of activations, 2 a multiplication and addition
+    others: float  # element-wise operations, and looking up as products with one-hot vectors
+
+
+def parts(config: Config, vocab_size: int, share: float) -> list[Part]:
+    """The parts of a step, every token in an example of the full length, `share` predicted."""
+    model = config.model
+    embedding, narrow = model.embedding_size, generator_sizes(model)
+    wide = (model.hidden_size, model.intermediate_size, model.heads)
+    projected = [hidden for hidden, *_ in (narrow, wide) if hidden != embedding]
+    rows = vocab_size + config.data.max_length + 2  # of the tables
+    return [
+        Part(
+            "embeddings and projections",
+            sum(2 * embedding * hidden for hidden in projected),
+            2 * embedding * (2 * rows + 2 + LAYER_NORM + DROPOUT) + sum(projected),
+        ),
+        _layers("generator layers", config, *narrow),
+        Part(
+            "generator head and vocabulary",
+            share * 2 * embedding * (narrow[0] + vocab_size),
+            share * (embedding * (1 + GELU + LAYER_NORM) + vocab_size * (SOFTMAX + 2)),
+        ),
+        _layers("discriminator layers", config, *wide),
+        Part("discriminator head", 2 * wide[0] * (wide[0] + 1), wide[0] * (1 + GELU)),
+    ]
+
+
+def _layers(name: str, config: Config, hidden: int, intermediate: int, heads: int) -> Part:
+    length, layers = config.data.max_length, config.model.layers
+    products = 8 * hidden**2 + 4 * hidden * intermediate + 4 * length * hidden
+    others = (
+        3 * hidden  # biases of queries, keys and values
+        + length * heads * (1 + SOFTMAX + DROPOUT)
+        + 2 * hidden * (1 + DROPOUT + 1)  # bias, dropout and residual, twice
+        + (hidden + 1) * LAYER_NORM  # the script counts the first one as one element
+        + intermediate * (1 + GELU)
+    )
+    return Part(name, layers * products, layers * others)
+
+
+def flops_per_token(config: Config, vocab_size: int) -> float:
+    """FLOPs of one training token as MFU counts them."""
+    return 3 * sum(part.products for part in parts(config, vocab_size, config.data.mask_fraction))
+
+
+def paper_flops_per_token(config: Config, vocab_size: int) -> float:
+    """FLOPs of one training token as the paper counts them."""
+    return 2 * sum(part.products + part.others for part in parts(config, vocab_size, PAPER_SHARE))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command line of `fastelectra flops`."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+        help="override one field; may be repeated",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print FLOPs by part, and of a token, a step and the run. Raises FastElectraError."""
+    config = load_config(args.config, args.set)
+    from fastelectra.data.shards import open_corpus  # counting alone needs no tokenizers
+
+    vocab_size, source = PAPER_VOCABULARY, "the paper's: the corpus is not prepared"
+    if config.data.path and (Path(config.data.path) / "manifest.json").is_file():
+        vocab_size, source = open_corpus(config.data.path).vocab_size, config.data.path
+    print(f"{args.config}: examples of {config.data.max_length}, vocabulary {vocab_size:,}"
+          f" ({source})\n")  # fmt: skip
+    print("\n".join(table(config, vocab_size)))
+    return 0
+
+
+def table(config: Config, vocab_size: int) -> list[str]:
+    """Lines: MFLOP a token by part, then a token, a step and the run, in both ways of counting."""
+    mfu = [3 * p.products / 1e6 for p in parts(config, vocab_size, config.data.mask_fraction)]
+    counted = parts(config, vocab_size, PAPER_SHARE)
+    paper = [2 * (part.products + part.others) / 1e6 for part in counted]
+    lines = [f"{'MFLOP a token':32s}{'MFU’s count':>18s}{'the paper’s':>18s}"]
+    lines += [
+        f"{part.name:32s}{m:11.2f}{m / sum(mfu):7.1%}{p:11.2f}{p / sum(paper):7.1%}"
+        for part, m, p in zip(counted, mfu, paper, strict=True)
+    ]
+    lines.append(f"{'total':32s}{sum(mfu):11.2f}{'':7s}{sum(paper):11.2f}")
+    step = config.training.batch_tokens
+    for name, tokens in (("step", step), ("run", step * config.training.steps)):
+        label = f"FLOP a {name} of {tokens:,} tokens"
+        lines.append(f"{label:40s}{sum(mfu) * 1e6 * tokens:10.4g}{sum(paper) * 1e6 * tokens:18.4g}")
+    lines.append("MFU’s: matrix products, backward = 2 × forward, embeddings looked up")
+    lines.append("the paper’s: every operation, backward = forward, embeddings as products")
+    return lines

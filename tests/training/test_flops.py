@@ -1,0 +1,55 @@
+"""FLOPs in both ways of counting, against the numbers of the paper's authors and of ELECTRA.md."""
+
+from pathlib import Path
+
+import pytest
+
+from fastelectra import cli
+from fastelectra.config import load_config
+from fastelectra.training.flops import PAPER_VOCABULARY, flops_per_token, paper_flops_per_token
+from fastelectra.training.flops import parts as parts_of
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def preset(name):
+    return load_config(CONFIGS / f"{name}.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), [("small", 1.293743798272e18), ("base", 6.424541834277683e19)]
+)
+def test_the_paper_s_count_is_google_s_script_s(name, run):
+    config = preset(name)
+    tokens = config.training.steps * config.training.batch_tokens
+    assert paper_flops_per_token(config, PAPER_VOCABULARY) * tokens == pytest.approx(run, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mega", "share"),
+    [("small", 71.4, 0.98), ("base", 677.6, 0.985), ("large", 2188, 0.99)],
+)
+def test_mfu_s_count_is_electra_md_s_less_the_element_wise_work(name, mega, share):
+    config = preset(name)
+    assert share < flops_per_token(config, PAPER_VOCABULARY) / 1e6 / mega < 1
+    parts = parts_of(config, PAPER_VOCABULARY, config.data.mask_fraction)
+    one_hot = 2 * 2 * config.model.embedding_size * PAPER_VOCABULARY
+    everything = 3 * (sum(part.products + part.others for part in parts) - one_hot)
+    assert everything / 1e6 == pytest.approx(mega, 1e-3)
+
+
+def test_products_are_those_of_the_parameters_and_attention():
+    config = preset("small")
+    products = {part.name: part.products for part in parts_of(config, PAPER_VOCABULARY, 1.0)}
+    layer = 256 * 256 * 4 + 2 * 256 * 1024
+    assert products["discriminator layers"] == 12 * 2 * (layer + 2 * 128 * 256)
+    assert products["generator head and vocabulary"] == 2 * (64 * 128 + 128 * PAPER_VOCABULARY)
+    assert products["embeddings and projections"] == 2 * 128 * (256 + 64)
+
+
+def test_command_prints_parts_and_run(capsys):
+    file = str(CONFIGS / "small.json")
+    assert cli.main(["flops", "--config", file, "--set", "training.steps=2000000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("total") and "70.22" in line for line in lines)
+    assert any(line.startswith("FLOP a run") and "2.587e+18" in line for line in lines)
