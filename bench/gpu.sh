@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can tell, on a bare CUDA machine with torch and triton:
+#
+#     bench/gpu.sh [OUTPUT_DIR]        (default bench/results)
+#
+# Nothing is installed: the package is linked together in a temporary folder; other packages, as
+# transformers for the peers, may be offered by PYTHONPATH. COMMIT names the commit where the copy
+# has no history. Results are JSON files named by GPU and date, with logs beside them. Ends within 9
+# minutes. A part that fails or runs out of time does not lose the others; the exit status is then 1.
+set -u
+repo=$(cd "$(dirname "$0")/.." && pwd)
+out=${1:-$repo/bench/results}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+python=${PYTHON:-python3}
+work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
+
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+mkdir "$work/fastelectra" # with kernels/ as fastelectra.kernels, as setup.py installs it
+ln -s "$repo"/fastelectra/* "$repo/kernels" "$work/fastelectra/"
+export PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
+flags=()
+if ! has numba; then # the same functions then run as Python: too slow to time, so made beforehand
+  echo "numba is not installed: throughput is measured with batches made beforehand"
+  cat >"$work/numba.py" <<<'import warnings
+warnings.filterwarnings("ignore", "overflow encountered")  # uint64 arithmetic modulo 2^64
+njit = lambda **_: lambda function: function'
+  flags+=(--no-data)
+fi
+has tokenizers || # imported by what makes batches, but not used for that
+  echo 'import sys, unittest.mock; sys.modules[__name__] = unittest.mock.MagicMock()' \
+    >"$work/tokenizers.py"
+
+gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 2
+name=$(tr 'A-Z ' 'a-z-' <<<"${gpu#NVIDIA }")-$(date -u +%F)
+failed=()
+
+part() { # NAME SECONDS COMMAND…: never beyond 530 s from the start
+  local label=$1 limit=$2 left=$((530 - SECONDS)) status=0
+  shift 2
+  limit=$((limit < left ? limit : left))
+  echo "== $label, at $SECONDS s, for $limit s at most"
+  if ((limit >= 5)); then
+    (cd "$work" && timeout --kill-after=5 "$limit" "$@") 2>&1 | tee "$out/$name-$label.log"
+    status=${PIPESTATUS[0]}
+  else
+    status=124
+  fi
+  ((status == 124)) && failed+=("$label: out of time")
+  ((status == 0 || status == 124)) || failed+=("$label: exit status $status")
+}
+
+throughput() { # NAME SECONDS FLAG…
+  local label=throughput-$1 limit=$2 plot=()
+  shift 2
+  has matplotlib && plot=(--plot "$out/$name-$label.png")
+  part "$label" "$limit" "$python" "$repo/bench/throughput.py" --json "$out/$name-$label.json" \
+    "${plot[@]}" "${flags[@]}" "$@"
+}
+
+part nvidia-smi 20 nvidia-smi
+part environment 30 "$python" "$repo/bench/measure.py"
+throughput base 90 --size base --rounds 6 --peers natural careful --profile
+throughput small 70 --size small --rounds 6 --peers natural careful --profile
+part tests 110 "$python" -m pytest "$repo/tests/kernels"
+throughput large 90 --size large --rounds 4 --block 10 --peers natural careful --profile
+throughput base-compiled 120 --size base --rounds 6 --peers careful compiled
+part kernels 100 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
+throughput base-largest 60 --size base --rounds 1 --block 5 --peers natural careful --largest
+
+echo "== done in $SECONDS s; results in $out"
+((${#failed[@]})) || exit 0
+printf 'failed: %s\n' "${failed[@]}"
+exit 1

@@ -1,0 +1,335 @@
+"""Whole training steps of our trainer and of its peers, side by side in one run.
+
+    python bench/throughput.py --size small --seq 128 --tokens-per-step 4096
+
+Every round gives each contender the same number of steps (forward, backward, clipping, optimizer,
+and making the batches unless --no-data), in an order that rotates; only real tokens count. Reports
+tokens/s with quartiles, the median of the rounds' ratios to each peer, MFU, where the time of a
+step goes, memory, and what the preset's whole run would cost at this speed.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from fastelectra import errors
+from fastelectra.config import load_config
+from fastelectra.errors import FastElectraError
+from fastelectra.training import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("natural", "careful", "compiled", "graphed",
+         "natural-flash", "careful-flash", "compiled-flash")  # fmt: skip
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+MOST_TOKENS = 2**22  # of a micro-batch that --largest tries
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--size", choices=("small", "base", "large"), default="small", help="the preset")
+    add("--seq", type=int, metavar="N", help="longest example (default: the preset's)")
+    add("--tokens-per-step", type=int, metavar="N", help="default: the preset's micro-batch")
+    add("--micro-batch", type=int, metavar="N", help="tokens (default: the whole step)")
+    add("--lengths", choices=("full", "corpus", "ragged"), default="full", help="of the examples")
+    add("--data", type=Path, default=ROOT / "data/demo", help="prepared corpus for corpus lengths")
+    add("--dtype", choices=DTYPES, default="bf16")
+    add("--peers", nargs="*", choices=PEERS, help="default: all that make sense here")
+    add("--rounds", type=int, default=10)
+    add("--block", type=int, help="steps of a contender in a round (default: 1, on a GPU 20)")
+    add("--warmup", type=int, help="steps before the rounds (default: 2, on a GPU 10)")
+    add("--no-data", action="store_true", help="one step's batches, made beforehand and reused")
+    add("--data-only", action="store_true", help="measure only how fast batches are made")
+    add("--scaling", action="store_true", help="ours also over micro-batch, length and ranks")
+    add("--largest", action="store_true", help="on a GPU: the largest micro-batch that fits")
+    add("--profile", action="store_true", help="time by part, and a trace of ours beside FILE")
+    add("--json", type=Path, metavar="FILE")
+    add("--plot", type=Path, metavar="FILE", help="PNG")
+    add("--local_rank", help=argparse.SUPPRESS)  # launchers add it
+    return parser.parse_args(argv)
+
+
+class Bench:
+    """The contenders of one run."""
+
+    def __init__(self, args: argparse.Namespace, process: launch.Process):
+        import torch
+        from measure import Gemm
+        from peers import peers_for
+
+        self.args, self.process, self.cuda = args, process, torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if self.cuda:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        names = peers_for(self.device, args.lengths) if args.peers is None else args.peers
+        if names and process.world > 1:
+            raise FastElectraError("peers train in one process: give --peers without names")
+        self.workload = workload_of(args, args.tokens_per_step, args.micro_batch)
+        self.gemm, self.gemm_rates = Gemm(self.device, getattr(torch, DTYPES[args.dtype])), []
+        self.block = args.block or (20 if self.cuda else 1)
+        self.runners, self.memory, self.unavailable = {}, {}, {}
+        for name in ["ours", *names]:
+            try:
+                self.runners[name], self.memory[name] = self._start(name, self.workload)
+            except Exception as error:  # a peer that cannot run does not end the comparison
+                if name == "ours":
+                    raise
+                reason = str(error).strip().partition("\n")[0] or repr(error)
+                self.unavailable[name] = f"{type(error).__name__}: {reason}"
+                process.say(f"{name} cannot run: {self.unavailable[name]}")
+
+    def _start(self, name: str, workload):
+        """A warm runner, and the bytes a step takes at its peak (on a GPU with all that it keeps).
+
+        Raises whatever keeps it from running.
+        """
+        import torch
+        from measure import Runner, step_memory, synchronize
+        from ours import Ours
+        from peers import Peer
+
+        if self.cuda:
+            gc.collect()
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        if name == "ours":
+            contender = Ours(workload, self.device, self.process)
+        else:
+            contender = Peer(name, workload, self.device)
+        runner = Runner(contender, workload.steps(self.process), self.args.no_data)
+        try:
+            for _ in range(self.args.warmup or (10 if self.cuda else 2)):
+                runner.step()
+            synchronize(self.device)
+        except BaseException:
+            runner.close()
+            raise
+        memory = torch.cuda.max_memory_allocated() - held if self.cuda else step_memory(runner.step)
+        return runner, memory
+
+    def run(self) -> None:
+        """All rounds; each also times the large product."""
+        names = list(self.runners)
+        for number in range(self.args.rounds):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                self.runners[name].block(self.block)
+            self.gemm_rates.append(self.gemm.rate())
+
+    def results(self) -> dict:
+        """Everything measured, as JSON values."""
+        from measure import provenance, quartiles
+        from workload import data_rate
+
+        from fastelectra.training.flops import flops_per_token, peak_flops
+
+        args, config = self.args, self.workload.config
+        sheet = peak_flops(self.device, args.dtype)
+        result = {
+            "provenance": provenance(),
+            "settings": {
+                "size": args.size, "lengths": args.lengths, "dtype": args.dtype,
+                "max_length": config.data.max_length,
+                "tokens_per_step": config.training.batch_tokens,
+                "micro_batch_tokens": config.training.micro_batch_tokens,
+                "ranks": self.process.world, "rounds": args.rounds, "steps_a_round": self.block,
+                "data_loading": not args.no_data,
+                "runs_on": self.runners["ours"].contender.runs_on,
+            },
+            "flop_per_token": flops_per_token(self.workload.attended(), self.workload.vocab_size),
+            "gemm_flop_per_s": quartiles(self.gemm_rates),
+            "data_sheet_flop_per_s": sheet,
+            "unavailable": self.unavailable,
+        }  # fmt: skip
+        result["contenders"] = {name: self._result(name, result) for name in self.runners}
+        if not args.no_data:
+            per_core = data_rate(self.workload)
+            ours = result["contenders"]["ours"]["tokens_per_s"]["median"]
+            result["data"] = {"tokens_per_s_per_core": per_core, "times_the_step": per_core / ours}
+        return result
+
+    def _result(self, name: str, result: dict) -> dict:
+        from measure import quartiles
+
+        runner, ours = self.runners[name], self.runners["ours"].rates
+        rate = quartiles(runner.rates)
+        flops = rate["median"] * result["flop_per_token"] / self.process.world
+        preset = load_config(ROOT / "configs" / f"{self.args.size}.json").training
+        hours = preset.steps * preset.batch_tokens / rate["median"] / 3600
+        wait = quartiles(runner.waits)["median"]
+        sheet = result["data_sheet_flop_per_s"]
+        ratios = [mine / its for mine, its in zip(ours, runner.rates, strict=True)]
+        return {
+            "tokens_per_s": rate,
+            "ours_is_times": quartiles(ratios),
+            "mfu_of_gemm": flops / result["gemm_flop_per_s"]["median"],
+            "mfu_of_data_sheet": flops / sheet if sheet else None,
+            "step_seconds": {"data wait": wait, **runner.split(min(5, self.args.rounds))},
+            "memory_bytes": self.memory[name],
+            "full_run_hours": hours,
+            "full_run_device_days": hours / 24 * self.process.world,
+            "losses": runner.contender.losses(),
+            "rates_by_round": runner.rates,
+        }
+
+    def profile(self, trace: Path) -> dict[str, dict[str, float]]:
+        """Milliseconds of a step by part, for every contender; writes a trace of ours."""
+        trace.parent.mkdir(parents=True, exist_ok=True)
+        return {
+            name: runner.profile(self.workload.vocab_size, trace if name == "ours" else None)
+            for name, runner in self.runners.items()
+        }
+
+    def largest(self) -> dict[str, int]:
+        """Tokens of the largest micro-batch that fits the GPU, by doubling; ends all contenders."""
+        import torch
+
+        names, found = list(self.runners), {}
+        self.close()
+        for name in names:
+            tokens = self.workload.config.training.micro_batch_tokens
+            while tokens <= MOST_TOKENS:
+                try:
+                    runner, _ = self._start(name, workload_of(self.args, tokens, tokens))
+                except torch.OutOfMemoryError:
+                    break
+                runner.close()
+                found[name], tokens = tokens, 2 * tokens
+            gc.collect()
+            torch.cuda.empty_cache()
+        return found
+
+    def close(self) -> None:
+        """End every contender."""
+        for runner in self.runners.values():
+            runner.close()
+        self.runners.clear()
+        gc.collect()
+
+
+def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[dict]:
+    """Ours alone at other sizes, each in a process of its own: [{by, value, tokens/s}]."""
+    settings = result["settings"]
+    tokens, length = settings["tokens_per_step"], settings["max_length"]
+    micro = settings["micro_batch_tokens"]
+    points = [("micro-batch", n, 1, n, length) for n in (micro // 4, micro // 2, micro, 2 * micro)]
+    points += [("length", n, 1, tokens, n) for n in (64, 128, 256, 512)]
+    points += [("ranks", n, n, tokens // n, length) for n in (1, 2)]
+    measured = []
+    for by, value, ranks, micro_batch, longest in points:
+        step = tokens if by == "ranks" else micro_batch
+        if micro_batch < longest:
+            continue
+        point = {"by": by, "value": value}
+        try:
+            ours = _ours_alone(args, ranks, step, micro_batch, longest, environment)
+            point |= {"tokens_per_s": ours["tokens_per_s"], "mfu_of_gemm": ours["mfu_of_gemm"]}
+        except (OSError, RuntimeError) as error:
+            point["unavailable"] = str(error)
+        measured.append(point)
+        print(f"scaling: {_scaling_line(point)}", flush=True)
+    return measured
+
+
+def _ours_alone(args, ranks: int, tokens: int, micro: int, length: int, environment: dict) -> dict:
+    """What this script measures of ours on so many ranks, through the real launcher."""
+    import torch
+
+    count = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
+    start = [sys.executable]
+    if ranks > 1:
+        start = [str(Path(sys.executable).with_name("deepspeed")), count, str(ranks)]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [
+            *start, __file__, "--size", args.size, "--seq", length, "--tokens-per-step", tokens,
+            "--micro-batch", micro, "--lengths", args.lengths, "--data", args.data,
+            "--dtype", args.dtype, "--rounds", args.rounds, "--json", file, "--peers",
+        ]  # fmt: skip
+        done = subprocess.run(
+            [str(word) for word in command], env=environment, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError((done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2])
+        return json.loads(file.read_text())["contenders"]["ours"]
+
+
+def _scaling_line(point: dict) -> str:
+    if "unavailable" in point:
+        return f"{point['by']} {point['value']:,}: not measured: {point['unavailable']}"
+    rate = point["tokens_per_s"]["median"]
+    return f"{point['by']} {point['value']:,}: {rate:,.0f} tokens/s, {point['mfu_of_gemm']:.1%}"
+
+
+def run(args: argparse.Namespace, environment: dict) -> int:
+    """Measure, print, write."""
+    process = launch.prepare()
+    if args.data_only:
+        return data_only(args)
+    import torch  # reads what launch.prepare has set
+
+    bench = Bench(args, process)
+    bench.run()
+    result = bench.results()
+    if args.profile:
+        stem = (args.json or Path("throughput")).with_suffix("")
+        result["profile_ms"] = bench.profile(stem.with_name(stem.name + "-trace.json.gz"))
+    if args.largest and bench.cuda:
+        result["largest_micro_batch_tokens"] = bench.largest()
+    bench.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not process.leads:
+        return 0
+    if args.scaling:
+        result["scaling"] = scaling(args, result, environment)
+    report(args, result)
+    return 0
+
+
+def workload_of(args: argparse.Namespace, tokens: int | None, micro: int | None):
+    """The workload that was asked for, with so many tokens a step and a micro-batch."""
+    from workload import make_workload
+
+    return make_workload(args.size, args.seq, tokens, micro, args.lengths, args.dtype, args.data)
+
+
+def data_only(args: argparse.Namespace) -> int:
+    """How fast one core makes batches."""
+    from workload import data_rate
+
+    workload = workload_of(args, args.tokens_per_step, args.micro_batch)
+    print(f"batches of {args.lengths} lengths: {data_rate(workload):,.0f} tokens/s a core")
+    return 0
+
+
+def report(args: argparse.Namespace, result: dict) -> None:
+    """Print, and write what was asked for."""
+    from report import draw, lines
+
+    print("\n".join(lines(result)), flush=True)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    if args.plot:
+        args.plot.parent.mkdir(parents=True, exist_ok=True)
+        draw(result, args.plot)
+        print(f"wrote {args.plot}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and run; what is launched from here gets the environment as it was before."""
+    return run(parse(argv), dict(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,139 @@
+"""The benchmark as it is run, on a few tokens."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from measure import Runner, part_of, quartiles
+
+BENCH = Path(__file__).parents[2] / "bench"
+SIZES = ["--size", "small", "--seq", "16", "--tokens-per-step", "64"]
+
+BOTH_ENGINES = """
+import sys
+sys.path.append(sys.argv[1])
+from fastelectra.training import launch
+process = launch.prepare()
+import ours, torch
+from workload import make_workload
+work = make_workload("small", 16, 128, 64, "full", "fp32", ".")
+for has_deepspeed in (True, False):
+    ours.HAS_DEEPSPEED = has_deepspeed
+    contender = ours.Ours(work, torch.device("cpu"), process)
+    contender.number = 10_000  # at the peak of the learning rate
+    for batches, _ in zip(work.steps(process), range(4)):
+        contender.step(batches)
+    print("LOSSES", *contender.losses())
+"""
+
+
+def test_a_run_reports_every_contender(tmp_path):
+    file, picture = tmp_path / "a" / "result.json", tmp_path / "plot.png"
+    command = [sys.executable, BENCH / "throughput.py", *SIZES, "--rounds", "2", "--warmup", "1"]
+    command += ["--peers", "natural", "careful-flash", "--json", file, "--plot", picture]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert set(result["contenders"]) == {"ours", "natural"}
+    assert set(result["unavailable"]) == {"careful-flash"}
+    for row in result["contenders"].values():
+        assert row["tokens_per_s"]["low"] <= row["tokens_per_s"]["median"]
+        rate = row["tokens_per_s"]["median"]
+        flops = rate * result["flop_per_token"] / result["gemm_flop_per_s"]["median"]
+        assert row["mfu_of_gemm"] == pytest.approx(flops)
+        assert row["full_run_hours"] == pytest.approx(16_384e6 / rate / 3600)
+        assert row["losses"][0] == pytest.approx(10.3, abs=0.3)
+        assert row["step_seconds"].keys() >= {"data wait", "forward", "backward", "optimizer"}
+    assert result["contenders"]["ours"]["ours_is_times"]["median"] == 1
+    assert result["provenance"]["versions"]["torch"]
+    assert picture.stat().st_size > 0
+
+
+def test_the_plain_engine_trains_as_deepspeed_does(tmp_path):
+    command = [sys.executable, "-c", BOTH_ENGINES, str(BENCH)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("LOSSES")]
+    (*_, mlm, disc), (*_, plain_mlm, plain_disc) = lines
+    assert float(plain_mlm) == pytest.approx(float(mlm), rel=1e-5)
+    assert float(plain_disc) == pytest.approx(float(disc), rel=1e-5)
+
+
+def test_a_mistake_is_one_line():
+    command = [sys.executable, BENCH / "throughput.py", "--lengths", "corpus", "--data", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+class Contender:
+    """A matrix product that trains on nothing."""
+
+    device = torch.device("cpu")
+
+    def __init__(self):
+        self.weight = torch.ones(64, 64, requires_grad=True)
+        self.engine, self.steps = self, 0
+
+    def prepared(self, batches):
+        return batches
+
+    def __call__(self, batch):
+        return (self.weight @ self.weight).sum()
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self, batches=None):
+        if batches is not None:  # as a contender, not as its engine
+            self.steps += 1
+            for batch in batches:
+                self.engine.backward(self.engine(batch))
+            self.engine.step()
+
+
+@pytest.mark.parametrize("no_data", [False, True])
+def test_a_runner_counts_and_clocks_every_step(no_data, tmp_path):
+    batches = ([SimpleNamespace(totals=[0, 100.0])] for _ in itertools.count())
+    runner = Runner(Contender(), batches, no_data)
+    runner.block(5)
+    assert runner.contender.steps == 5
+    assert len(runner.rates) == len(runner.waits) == 1
+    parts = runner.split(3)
+    assert set(parts) == {"forward", "backward", "optimizer", "elsewhere"}
+    assert all(seconds > 0 for seconds in parts.values())
+    trace = tmp_path / "trace.json.gz"
+    assert runner.profile(99, trace)["matrix products"] > 0
+    assert trace.stat().st_size > 0
+    assert runner.contender.engine is runner.contender
+    assert runner.contender.steps == 9
+    runner.close()
+
+
+def test_quartiles():
+    assert quartiles([1, 2, 3, 4, 5]) == {"low": 2, "median": 3, "high": 4}
+    assert quartiles([7.0]) == {"low": 7, "median": 7, "high": 7}
+
+
+def event(name, shapes=(), parent=None):
+    return SimpleNamespace(name=name, input_shapes=shapes, cpu_parent=parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "parent", "part"),
+    [
+        ("aten::mm", [[8, 4], [4, 4]], None, "matrix products"),
+        ("aten::mm", [[8, 4], [4, 99]], None, "vocabulary head"),
+        ("aten::copy_", [], "gelu_backward", "GELU"),
+        ("aten::norm", [[99, 4]], "optimizer", "optimizer"),
+        ("nvjet_tst_128x256", [], None, "matrix products"),
+        ("aten::copy_", [], None, "other"),
+    ],
+)
+def test_parts(name, shapes, parent, part):
+    assert part_of(event(name, shapes, parent and event(parent)), 99) == part
