@@ -9,7 +9,7 @@ from torch import nn
 
 from fastelectra.config import ModelConfig, ObjectiveConfig, generator_sizes
 from fastelectra.data.batch import Batch
-from fastelectra.kernels import masked_gather, replace_tokens
+from fastelectra.kernels import replace_tokens
 from fastelectra.model.attention import Layout, layout_of
 from fastelectra.model.embeddings import Embeddings
 from fastelectra.model.encoder import Network
@@ -45,13 +45,12 @@ class Electra(nn.Module):
         real_tokens = batch.cu_seqlens[-1]
 
         masked, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
-        hidden = self._run(self.generator, masked, batch, layout, seeds[0])
-        hidden = masked_gather(hidden, batch.masked_positions)  # (M, H)
+        hidden = self._generate(masked, batch, layout, seeds[0])  # (M, H)
         mlm_loss, sampled, correct = self.generator.head(
             hidden, batch.labels, batch.uniforms, self.objective.temperature
         )
         corrupted, replaced, count = replace_tokens(batch.tokens, batch.masked_positions, sampled)
-        hidden = self._run(self.discriminator, corrupted, batch, layout, seeds[1])
+        hidden = self._discriminate(corrupted, batch, layout, seeds[1])  # (T, H)
         disc_loss, histogram = self.discriminator.head(hidden, replaced, real_tokens)
 
         chosen, tokens = batch.totals.clamp(min=1)
@@ -75,8 +74,8 @@ class Electra(nn.Module):
         """[M, V] fp32: the generator's logits at the masked positions (padded rows: no meaning)."""
         seeds = self._dropout_seeds(batch)[0]
         masked, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
-        hidden = self._run(self.generator, masked, batch, _layout(batch), seeds)
-        return self.generator.head.logits(masked_gather(hidden, batch.masked_positions)).float()
+        hidden = self._generate(masked, batch, _layout(batch), seeds)
+        return self.generator.head.logits(hidden).float()
 
     @torch.no_grad()
     def discriminator_logits(
@@ -85,19 +84,22 @@ class Electra(nn.Module):
         """[T] fp32: above 0 = replaced. `tokens` [T] int32 stand in for the batch's own."""
         tokens = batch.tokens if tokens is None else tokens
         seeds = self._dropout_seeds(batch)[1]
-        hidden = self._run(self.discriminator, tokens, batch, _layout(batch), seeds)
+        hidden = self._discriminate(tokens, batch, _layout(batch), seeds)
         return self.discriminator.head.logits(hidden).float()
 
-    def _run(
-        self,
-        network: Network,
-        tokens: torch.Tensor,
-        batch: Batch,
-        layout: Layout,
-        seeds: torch.Tensor,
+    def _generate(
+        self, tokens: torch.Tensor, batch: Batch, layout: Layout, seeds: torch.Tensor
     ) -> torch.Tensor:
+        """[M, H]: the generator's hidden states where a token is predicted, and only there."""
         embedded = self.embeddings(tokens, batch.segments, batch.positions, seeds[:1])
-        return network(embedded, layout, seeds[1:])
+        return self.generator(embedded, layout, seeds[1:], batch.masked_positions)
+
+    def _discriminate(
+        self, tokens: torch.Tensor, batch: Batch, layout: Layout, seeds: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, H]: the discriminator's hidden states."""
+        embedded = self.embeddings(tokens, batch.segments, batch.positions, seeds[:1])
+        return self.discriminator(embedded, layout, seeds[1:])
 
     def _dropout_seeds(self, batch: Batch) -> torch.Tensor:
         """[2, 1 + 3 · layers] int64: one for every dropout, from torch's default generator."""

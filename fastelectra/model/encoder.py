@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastelectra.config import ModelConfig
-from fastelectra.kernels import bias_gelu, dropout_add_layer_norm
+from fastelectra.kernels import bias_gelu, dropout_add_layer_norm, masked_gather
 from fastelectra.model.attention import Layout, attention
 from fastelectra.model.embeddings import LAYER_NORM_EPS
 
@@ -27,12 +27,19 @@ class Network(nn.Module):
         self.encoder = nn.ModuleList(Layer(model) for _ in range(model.layers))
         self.head = head
 
-    def forward(self, embedded: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
-        """[T, E] → [T, H]; `seeds` [3 · layers] int64 are those of the layers' dropouts."""
+    def forward(
+        self,
+        embedded: torch.Tensor,
+        layout: Layout,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, E] → [T, H], or [M, H] at rows [M]; `seeds` [3 · layers] int64 are its dropouts'."""
         hidden = embedded if self.project is None else self.project(embedded)
-        for layer, layer_seeds in zip(self.encoder, seeds.view(-1, 3), strict=True):
+        *others, last = zip(self.encoder, seeds.view(-1, 3), strict=True)
+        for layer, layer_seeds in others:
             hidden = layer(hidden, layout, layer_seeds)
-        return hidden
+        return last[0](hidden, layout, last[1], rows)
 
 
 class Layer(nn.Module):
@@ -48,11 +55,19 @@ class Layer(nn.Module):
         self.heads = model.heads
         self.attention_dropout = model.attention_dropout
 
-    def forward(self, hidden: torch.Tensor, layout: Layout, seeds: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]; seeds [3] int64."""
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        layout: Layout,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[T, H] → [T, H], or [M, H] at rows [M] int32, as masked_gather takes; seeds [3] int64."""
         qkv = self.qkv(hidden).unflatten(1, (3, self.heads, -1))  # (T, 3, heads, d)
         dropout = self.attention_dropout if self.training else 0.0
         context = attention(qkv, layout, dropout, seeds[:1]).flatten(1)  # (T, H)
+        if rows is not None:  # after attention every row is on its own
+            context, hidden = masked_gather(context, rows), masked_gather(hidden, rows)  # (M, H)
         hidden = self.attention_output(context, hidden, seeds[1:2])
         return self.output(self.intermediate(hidden), hidden, seeds[2:])
 

@@ -46,6 +46,7 @@ class Plan:
     stage: int  # of ZeRO
     accumulation: int  # micro-batches of one rank in one step
     device: torch.device
+    graphs: bool  # whether forward and backward are replayed as CUDA graphs
 
 
 def plan_engine(config: Config, process: Process) -> Plan:
@@ -82,7 +83,8 @@ def plan_engine(config: Config, process: Process) -> Plan:
     stage = parsed.zero_optimization_stage if "stage" in zero else int(precision != "fp32")
     if precision == "bf16" and stage > 0:  # a sum of many micro-batches in bf16 would lose bits
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
-    return Plan(section, precision, why, stage, accumulation, device)
+    graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3
+    return Plan(section, precision, why, stage, accumulation, device, graphs)
 
 
 def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSpeedEngine:

@@ -22,7 +22,7 @@ def opening(trainer: Trainer) -> list[str]:
         f"model: {trainer.parameters:,} parameters, generator and discriminator together",
         f"device: {_device(plan.device)} × {process.world}, {plan.precision} ({plan.why}),"
         f" ZeRO stage {plan.stage}",
-        kernels.describe(plan.device),
+        kernels.describe(plan.device) + ", replayed as CUDA graphs" * plan.graphs,
         _attention(trainer),
         f"batch: {config.training.micro_batch_tokens:,} tokens × {plan.accumulation} micro-batches"
         f" × {process.world} processes = {config.training.batch_tokens:,} tokens a step",

@@ -6,6 +6,7 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.data.batch import Batch
+from fastelectra.training.graphs import Graphs
 from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter
 from fastelectra.training.schedule import learning_rate
@@ -15,16 +16,27 @@ class Updater:
     """Runs batches through an engine, which owns model and optimizer.
 
     `engine` is DeepSpeed's, or has its `__call__`, `backward`, `step`, `module`, `optimizer` and
-    `get_global_grad_norm`; `tells_norm`: whether the last one answers (at stage 0 in fp32 DeepSpeed
-    does not). `meter` adds up the metrics of the training batches.
+    `get_global_grad_norm`; tells_norm: whether the last one answers (at stage 0 in fp32 DeepSpeed
+    does not). graphs: replay forward and backward as CUDA graphs. `meter` adds up the metrics of
+    the training batches.
     """
 
-    def __init__(self, engine, config: Config, device: torch.device, tells_norm: bool = True):
+    def __init__(
+        self,
+        engine,
+        config: Config,
+        device: torch.device,
+        tells_norm: bool = True,
+        graphs: bool = False,
+    ):
         self.engine, self.config, self.device = engine, config, device
         self.tells_norm = tells_norm
         self.meter = Meter()
         self.batches_per_step = micro_batches(config)
         self.generator = _default_generator(device)
+        if graphs:
+            accumulates = self.batches_per_step > _processes()
+            engine.module.forward = Graphs(engine.module, self.generator, accumulates)
 
     def update(self, step: int, batches: list[Batch], wants_norm: bool = False) -> float:
         """Update number `step` (from 1) from this rank's batches.
@@ -61,6 +73,11 @@ class Updater:
     def _set_learning_rate(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

@@ -273,3 +273,20 @@ def test_ending_the_launcher_ends_its_ranks(corpus, start, tmp_path):
     while any(Path(f"/proc/{rank}").exists() for rank in ranks):
         assert time.monotonic() < deadline, "the ranks outlive their launcher"
         time.sleep(0.2)
+
+
+def test_fused_loops_and_plain_pytorch_give_the_same_losses(corpus, train, tmp_path):
+    losses = {}
+    for kernels in ("auto", "torch"):
+        run = tmp_path / kernels
+        config = tiny_config(corpus, run, kernels=kernels, steps=50, log_every=1, eval_every=50)
+        config["model"] |= {"dropout": 0.0, "attention_dropout": 0.0}
+        config["training"]["checkpoint_every"] = 50
+        code, output = train(PLAIN, config)
+        assert code == 0, output
+        losses[kernels] = [r["loss"] for r in records(run) if r["kind"] == "train"]
+    assert len(losses["auto"]) == 50
+    off = sorted(abs(a / t - 1) for a, t in zip(losses["auto"], losses["torch"], strict=True))
+    assert off[25] < 2e-5
+    assert off[-1] < 2e-3  # a uniform number at a step of the distribution may draw its neighbour
+    assert losses["auto"][-1] < 0.95 * losses["auto"][0]

@@ -1,0 +1,103 @@
+"""The host's side of CUDA graphs, with a stand-in that keeps its memory as they do."""
+
+import pytest
+import torch
+from launching import tiny_config
+
+from fastelectra.config import config_from_dict
+from fastelectra.data.batch import BatchShape
+from fastelectra.data.shards import open_corpus
+from fastelectra.data.stream import BatchStream, Position
+from fastelectra.model.electra import Electra
+from fastelectra.training.graphs import Graphs
+
+
+def stand_in(module, sample):
+    """Like torch.cuda.make_graphed_callables: inputs, outputs and gradients each keep one place."""
+    parameters = tuple(module.parameters())
+    inputs = [tensor.clone() for tensor in sample]
+    outputs, gradients = [], [torch.zeros_like(p) for p in parameters]
+    torch.rand(3)  # capturing draws from the generator
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            for place, tensor in zip(inputs, tensors, strict=False):
+                place.copy_(tensor)
+            with torch.enable_grad():
+                loss, metrics = module.forward(*inputs)
+            ctx.loss, ctx.names = loss, list(metrics)
+            values = [loss.detach(), *metrics.values()]
+            if not outputs:
+                outputs.extend(value.clone() for value in values)
+            for place, value in zip(outputs, values, strict=True):
+                place.copy_(value)
+            return tuple(place.detach() for place in outputs)
+
+        @staticmethod
+        def backward(ctx, d_loss, *_):
+            for place, g in zip(
+                gradients, torch.autograd.grad(ctx.loss, parameters, d_loss), strict=True
+            ):
+                place.copy_(g)
+            return (*[None] * len(inputs), *[place.detach() for place in gradients])
+
+    def call(*tensors):
+        loss, *values = Replayed.apply(*tensors, *parameters)
+        return loss, dict(zip(NAMES, values, strict=True))
+
+    return call
+
+
+NAMES = ["mlm_loss", "mlm_correct", "masked", "replaced", "disc_loss", "tokens", "histogram"]
+
+
+@pytest.fixture
+def made(corpus, monkeypatch):
+    """A model with dropout, and two batches."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    # on the CPU the model cuts padding off, which a graph cannot: fixed shapes as on a GPU
+    monkeypatch.setattr("fastelectra.model.electra.real_part", lambda batch: batch)
+    config = config_from_dict(tiny_config(corpus, "unused"))
+    opened = open_corpus(corpus)
+    shape = BatchShape.of(400, 64, 0.15)
+    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, 2, seed=0)
+    torch.manual_seed(0)
+    model = Electra(config.model, opened.vocab_size, config.objective)
+    return model, next(stream.steps(Position(), 0, 0, 1))[0]
+
+
+def gradients_of(model, forward, batches):
+    model.zero_grad()
+    losses = []
+    for batch in batches:
+        torch.manual_seed(batch.seed)
+        loss, metrics = forward(batch)
+        losses += [loss.item(), *(value.sum().item() for value in metrics.values())]
+        assert not any(value.requires_grad for value in metrics.values())
+        loss.backward()
+    return losses, [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_replays_are_the_step_also_where_gradients_add_up(made, count):
+    model, batches = made
+    names = [name for name, _ in model.named_parameters()]
+    eager = model.forward
+    losses, gradients = gradients_of(model, eager, batches[:count])
+    model.forward = Graphs(model, torch.default_generator, accumulates=count > 1)
+    for _ in range(2):  # with the capture, and without
+        again, replayed = gradients_of(model, model, batches[:count])
+        assert again == losses
+        assert all(torch.equal(a, b) for a, b in zip(replayed, gradients, strict=True))
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_evaluation_is_not_replayed(made):
+    model, batches = made
+    model.forward = graphs = Graphs(model, torch.default_generator, accumulates=False)
+    model.eval()
+    with torch.no_grad():
+        loss, _ = model(batches[0])
+    assert graphs.captured is None
+    assert not loss.requires_grad
