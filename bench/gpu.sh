@@ -60,11 +60,11 @@ throughput() { # NAME SECONDS FLAG…
 
 part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
-throughput base 90 --size base --rounds 6 --peers natural careful --profile
-throughput small 70 --size small --rounds 6 --peers natural careful --profile
+throughput base 100 --size base --rounds 6 --peers ours-eager natural careful --profile
+throughput small 80 --size small --rounds 6 --peers ours-eager natural careful --profile
 part tests 110 "$python" -m pytest "$repo/tests/kernels"
 throughput large 90 --size large --rounds 4 --block 10 --peers natural careful --profile
-throughput base-compiled 120 --size base --rounds 6 --peers careful compiled
+throughput base-compiled 120 --size base --rounds 6 --peers ours-compiled careful compiled
 part kernels 100 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
 throughput base-largest 60 --size base --rounds 1 --block 5 --peers natural careful --largest
 

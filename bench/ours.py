@@ -72,12 +72,12 @@ class PlainEngine:
 
 
 class Ours:
-    """The trainer's step."""
+    """The trainer's step: as it is, or ours-eager, without CUDA graphs, or ours-compiled, with both
+    networks under torch.compile."""
 
-    name = "ours"
-
-    def __init__(self, workload: Workload, device: torch.device, process: Process):
+    def __init__(self, name: str, workload: Workload, device: torch.device, process: Process):
         self.device, config = device, workload.config
+        graphs = device.type == "cuda" and name != "ours-eager"
         torch.manual_seed(config.training.seed)
         kernels.set_backend(config.training.kernels)
         model = Electra(config.model, workload.vocab_size, config.objective)
@@ -92,7 +92,10 @@ class Ours:
             engine = PlainEngine(model.to(device), config, accumulation(config, process), dtype)
             self.runs_on = "a plain engine: DeepSpeed is not installed"
         engine.module.train()
-        self.updater = Updater(engine, config, device)
+        if name == "ours-compiled":
+            for network in (model.generator, model.discriminator):
+                network.compile(dynamic=False, fullgraph=True)
+        self.updater = Updater(engine, config, device, graphs=graphs)
         self.number = 0
 
     @property

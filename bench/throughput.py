@@ -23,7 +23,7 @@ from fastelectra.errors import FastElectraError
 from fastelectra.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("natural", "careful", "compiled", "graphed",
+PEERS = ("ours-eager", "ours-compiled", "natural", "careful", "compiled", "graphed",
          "natural-flash", "careful-flash", "compiled-flash")  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MOST_TOKENS = 2**22  # of a micro-batch that --largest tries
@@ -42,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default="bf16")
     add("--peers", nargs="*", choices=PEERS, help="default: all that make sense here")
     add("--rounds", type=int, default=10)
-    add("--block", type=int, help="steps of a contender in a round (default: 1, on a GPU 20)")
+    add("--block", type=int, help="steps of a contender in a round (default: 3, on a GPU 20)")
     add("--warmup", type=int, help="steps before the rounds (default: 2, on a GPU 10)")
     add("--no-data", action="store_true", help="one step's batches, made beforehand and reused")
     add("--data-only", action="store_true", help="measure only how fast batches are made")
@@ -73,7 +73,7 @@ class Bench:
             raise FastElectraError("peers train in one process: give --peers without names")
         self.workload = workload_of(args, args.tokens_per_step, args.micro_batch)
         self.gemm, self.gemm_rates = Gemm(self.device, getattr(torch, DTYPES[args.dtype])), []
-        self.block = args.block or (20 if self.cuda else 1)
+        self.block = args.block or (20 if self.cuda else 3)
         self.runners, self.memory, self.unavailable = {}, {}, {}
         for name in ["ours", *names]:
             try:
@@ -99,8 +99,8 @@ class Bench:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
-        if name == "ours":
-            contender = Ours(workload, self.device, self.process)
+        if name.startswith("ours"):
+            contender = Ours(name, workload, self.device, self.process)
         else:
             contender = Peer(name, workload, self.device)
         runner = Runner(contender, workload.steps(self.process), self.args.no_data)

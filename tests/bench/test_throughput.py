@@ -24,7 +24,7 @@ from workload import make_workload
 work = make_workload("small", 16, 128, 64, "full", "fp32", ".")
 for has_deepspeed in (True, False):
     ours.HAS_DEEPSPEED = has_deepspeed
-    contender = ours.Ours(work, torch.device("cpu"), process)
+    contender = ours.Ours("ours", work, torch.device("cpu"), process)
     contender.number = 10_000  # at the peak of the learning rate
     for batches, _ in zip(work.steps(process), range(4)):
         contender.step(batches)
