@@ -9,6 +9,7 @@ traffic and the arithmetic alone would take on an H100. Writes OUTPUT.json and O
 """
 
 import argparse
+import functools
 import json
 import platform
 import subprocess
@@ -28,7 +29,7 @@ from fastelectra.data.batch import BatchShape
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
 WAYS = ("fused", "eager", "compiled")
-VOCABULARY = 30_522
+VOCABULARY, MASK = 30_522, 103
 CAPABILITIES = (80, 89, 90, 100)
 H100 = {"bytes_per_s": 3.0e12, "flop_per_s": 790e12}  # what copies and products reach
 
@@ -89,6 +90,11 @@ class Maker:
     def _integers(self, high: int, size: int) -> torch.Tensor:
         return torch.randint(high, (size,), device=self.device, dtype=torch.int32)
 
+    def _words(self) -> torch.Tensor:
+        """Tokens as the generator sees them: 15 % [MASK], the others by Zipf's law."""
+        u, masked = torch.rand(2, self.tokens, device=self.device)
+        return torch.where(masked < 0.15, MASK, VOCABULARY**u).int()
+
     def _positions(self) -> torch.Tensor:
         return torch.linspace(0, self.tokens - 1, self.masked, device=self.device).int()
 
@@ -120,8 +126,9 @@ class Maker:
     def embed_layer_norm(self, width, positions, p):
         def make():
             tables = [self._random(size, width) for size in (VOCABULARY, 2, positions)]
-            index = (self._integers(size, self.tokens) for size in (VOCABULARY, 2, positions))
-            return *index, *tables, self._random(width), self._random(width), p, self.seed
+            index = (self._integers(size, self.tokens) for size in (2, positions))
+            norm = self._random(width), self._random(width)
+            return self._words(), *index, *tables, *norm, p, self.seed
 
         case = self._case("embed_layer_norm", self.tokens, width, make, (2, 5))
         table = (VOCABULARY + positions) * width * self.item  # its gradient is written whole
@@ -205,20 +212,19 @@ def roofline(case: Case, rates: dict) -> tuple[float, float]:
     )
 
 
-def estimates(presets: list[str]) -> list[dict]:
+def estimates(preset: str) -> list[dict]:
     """Traffic, arithmetic and least time of every case on an H100."""
     rows = []
-    for preset in presets:
-        for case in cases(preset, "meta", torch.bfloat16):
-            forward, backward = roofline(case, H100)
-            rows.append({
-                "preset": preset, "op": case.op, "size": case.size,
-                "megabytes": [moved / 1e6 for moved in case.bytes],
-                "gflop": [flop / 1e9 for flop in case.flop],
-                "estimated_least_ms": [forward, backward],
-            })  # fmt: skip
-            print(f"{preset:6s} {case.op:28s} {case.size:15s} {sum(case.bytes) / 1e6:8.1f} MB"
-                  f"  at least (estimate) {forward:.3f} + {backward:.3f} ms")  # fmt: skip
+    for case in cases(preset, "meta", torch.bfloat16):
+        forward, backward = roofline(case, H100)
+        rows.append({
+            "preset": preset, "op": case.op, "size": case.size,
+            "megabytes": [moved / 1e6 for moved in case.bytes],
+            "gflop": [flop / 1e9 for flop in case.flop],
+            "estimated_least_ms": [forward, backward],
+        })  # fmt: skip
+        print(f"{preset:6s} {case.op:28s} {case.size:15s} {sum(case.bytes) / 1e6:8.1f} MB"
+              f"  at least (estimate) {forward:.3f} + {backward:.3f} ms")  # fmt: skip
     return rows
 
 
@@ -237,18 +243,18 @@ def measured_rates() -> dict:
 
 def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
     """Median time of a call on the GPU alone: a CUDA graph of it, the cache flushed before each."""
-    aside = torch.cuda.Stream()
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
     with torch.cuda.stream(aside):
         for _ in range(3):  # compiles, and fills the allocator
             call()
-    torch.cuda.synchronize()
+    here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    cache = torch.empty(2**26, dtype=torch.int32, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        cache.zero_()
+        flush()
         start.record()
         graph.replay()
         end.record()
@@ -256,20 +262,29 @@ def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
 
 
-def measure(presets: list[str], rates: dict) -> list[dict]:
+def flush() -> None:
+    """Write more than any GPU's cache holds, so that what comes next reads from memory."""
+    _flushed().zero_()
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(2**26, dtype=torch.int32, device="cuda")
+
+
+def measure(preset: str, rates: dict) -> list[dict]:
     """Times and peak memory of every case, fused, eager and compiled."""
     rows = []
-    for preset in presets:
-        for case in cases(preset, "cuda", torch.bfloat16):
-            least = roofline(case, rates)
-            row = {"preset": preset, "op": case.op, "size": case.size, "least_ms": least}
-            for way in WAYS:
-                row[way] = measure_way(case, way, least)
-                print(f"{preset:6s} {case.op:28s} {case.size:15s} {way:8s} {line(row[way])}")
-            if case.op == "linear_cross_entropy_sample":
-                row["products_ms"] = products(*case.make()[:2])
-                print(f"{'':52s} its three products alone: {row['products_ms']:.3f} ms")
-            rows.append(row)
+    for case in cases(preset, "cuda", torch.bfloat16):
+        least = roofline(case, rates)
+        row = {"preset": preset, "op": case.op, "size": case.size, "least_ms": least}
+        for way in WAYS:
+            row[way] = measure_way(case, way, least)
+            print(f"{preset:6s} {case.op:28s} {case.size:15s} {way:8s} {line(row[way])}")
+        if case.op == "linear_cross_entropy_sample":
+            row["products_ms"] = products(*case.make()[:2])
+            print(f"{'':52s} its three products alone: {row['products_ms']:.3f} ms")
+        rows.append(row)
     return rows
 
 
@@ -294,15 +309,23 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         return case.call(inputs, reference=way != "fused")
 
     if way == "compiled":
-        forward = torch.compile(forward)
+        torch._dynamo.reset()  # else all cases share the few recompilations that one function may
+        # take, and run eagerly when they are used up; with fullgraph that would be an error
+        forward = torch.compile(forward, fullgraph=True, dynamic=False)
     gradient = torch.randn_like(forward()) if wanted else None
 
+    def forward_and_flush():
+        output = forward()
+        flush()  # backward comes long after forward: what it reads has left the cache
+        return output
+
     def step():
-        torch.autograd.grad(forward(), wanted, gradient)
+        torch.autograd.grad(forward_and_flush(), wanted, gradient)
 
     try:
         times = [milliseconds(forward), 0.0]
-        times[1] = milliseconds(step) - times[0] if wanted else 0.0
+        if wanted:
+            times[1] = milliseconds(step) - milliseconds(forward_and_flush)
     except RuntimeError as error:  # an eager operation that a CUDA graph cannot hold
         return {"error": str(error).partition("\n")[0]}
     before = torch.cuda.memory_allocated()
@@ -347,10 +370,15 @@ def provenance() -> dict:
     }  # fmt: skip
 
 
-def draw(result: dict, path: Path) -> None:
-    """Bars: times beside eager and compiled on a GPU, estimates of the least time without one."""
-    import matplotlib as mpl
+def draw(result: dict, path: Path) -> str:
+    """Bars: times beside eager and compiled on a GPU, estimates of the least time without one.
 
+    Returns what became of the picture.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return "no picture: matplotlib is not installed"
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -374,6 +402,7 @@ def draw(result: dict, path: Path) -> None:
     axes.set_xlabel("ms")
     axes.legend()
     figure.savefig(path, dpi=120)
+    return f"wrote {path}"
 
 
 def main(argv=None) -> int:
@@ -383,19 +412,19 @@ def main(argv=None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/kernels")
     arguments = parser.parse_args(argv)
     gpu = torch.cuda.is_available()
-    result = {"provenance": provenance(), "measured": gpu}
+    result = {"provenance": provenance(), "measured": gpu, "rates": H100, "ops": []}
+    written, picture = (arguments.output.with_suffix(end) for end in (".json", ".png"))
+    written.parent.mkdir(parents=True, exist_ok=True)
     if gpu:
         kernels.set_backend("triton")
         result["rates"] = measured_rates()
-        result["ops"] = measure(arguments.presets, result["rates"])
     else:
-        result["rates"] = H100
         result["compiled"] = compile_table(arguments.presets)
-        result["ops"] = estimates(arguments.presets)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, arguments.output.with_suffix(".png"))
-    print(f"wrote {arguments.output}.json and {arguments.output}.png")
+    for preset in arguments.presets:  # a run that is cut short keeps what it has measured
+        result["ops"] += measure(preset, result["rates"]) if gpu else estimates(preset)
+        written.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"wrote {written}")
+    print(draw(result, picture))
     return 0
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from . import cpu
 from .cpu import INFINITY, ONE, ZERO, exp2, largest, loop, narrow, widen
 from .dispatch import fused, operation, use_triton
-from .language import LOG2_E, jit, power_of_two, tl
+from .language import LEAST_SHARE, LOG2_E, NEGLIGIBLE, jit, power_of_two, tl
 
 CHUNK = {"cuda": 2048, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
 TILE = 128  # tokens of the finer level of the cumulative distribution, on the PyTorch path
@@ -59,25 +59,27 @@ def _row(
 
     goal = tl.load(uniforms_ptr + row) * (tempered if TEMPERED else total)
     before = tl.full([], 0.0, ACC)
-    sample = -1
+    sample = width
     last = 0
     tl.debug_barrier()  # the label's product has been read before anything is written over it
     for start in range(0, width, BV):
         token = start + tl.arange(0, BV)
         z = _logits(products_ptr, bias_ptr, token, width, ACC)
         mass = tl.exp2((z - top) / temperature) if TEMPERED else tl.exp2(z - top)
-        last = tl.maximum(last, tl.max(tl.where(mass > 0, token, 0), 0))
+        # the largest mass is 1
+        last = tl.maximum(last, tl.max(tl.where(mass > 2.0**-24, token, 0), 0))
         part = tl.sum(mass, 0)
-        if (sample < 0) & (before + part > goal):
-            above = (before + tl.cumsum(mass, 0) > goal) & (mass > 0)
-            sample = tl.min(tl.where(above, token, last), 0)
+        if (sample == width) & (before + part > goal):
+            above = (before + tl.cumsum(mass, 0) > goal) & (mass > NEGLIGIBLE)
+            sample = tl.min(tl.where(above, token, width), 0)
         before += part
         if GRADIENTS:
             p = tl.where(label >= 0, tl.exp2(z - lse), 0.0)
             p = tl.where(token == label, p - 1, p)
             p = p.to(products_ptr.dtype.element_ty)
             tl.store(products_ptr + token, p, token < width)
-    tl.store(sampled_ptr + row, tl.where(sample < 0, last, sample))
+    # if rounding put the goal beyond the sum: the last token of which the sum takes notice
+    tl.store(sampled_ptr + row, tl.where(sample == width, last, sample))
 
 
 def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outputs):
@@ -85,7 +87,7 @@ def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outp
     width = products.shape[1]
     _row[(products.shape[0],)](
         products, bias, labels, uniforms, *outputs, temperature, width, GRADIENTS=gradients,
-        TEMPERED=temperature != 1, BV=min(4096, power_of_two(width)), num_warps=8,
+        TEMPERED=temperature != 1, BV=min(4096, power_of_two(width)), num_warps=16,
     )  # fmt: skip
 
 
@@ -113,19 +115,20 @@ def _masses(products, bias, row, factor, logits, tiles):
 
 
 @loop
-def _first_place(masses, first, last, goal):
-    """First of the places first … last - 1 at which the running sum exceeds goal, and what is left.
-
-    Only a place with mass; the last such if rounding put the goal beyond the total.
-    """
-    chosen, left = first, goal
+def _first_place(masses, first, last, uniform):
+    """`_first_above` of the places first … last - 1."""
+    whole, largest = 0.0, ZERO
     for place in range(first, last):
-        if masses[place] > ZERO:
-            chosen, left = place, goal
+        whole += masses[place]
+        largest = max(largest, masses[place])
+    chosen, goal = first, uniform * whole
+    for place in range(first, last):
+        if masses[place] > LEAST_SHARE * largest:
+            chosen = place
             if goal < masses[place]:
                 break
             goal -= masses[place]
-    return chosen, left
+    return chosen, goal / masses[chosen]
 
 
 @loop
@@ -158,10 +161,7 @@ def _rows_loop(part, start, stop, products, bias, labels, uniforms, loss, sample
 
 @loop
 def _draw(masses, tiles, uniform):
-    total = ZERO
-    for tile in range(len(tiles)):
-        total += tiles[tile]
-    tile, left = _first_place(tiles, 0, len(tiles), uniform * total)
+    tile, left = _first_place(tiles, 0, len(tiles), np.float64(uniform))
     return _first_place(masses, tile * 128, (tile + 1) * 128, left)[0]
 
 
@@ -199,24 +199,24 @@ def _sample(mass, uniforms):
     tiles = mass[:, :whole].unflatten(1, (whole // TILE, TILE)).sum(2)
     if whole < vocabulary:
         tiles = torch.cat([tiles, mass[:, whole:].sum(1, keepdim=True)], 1)
-    goal = uniforms * tiles.sum(1)
-    tile, before = _first_above(tiles, goal)
-    token = tile[:, None] * TILE + torch.arange(TILE, device=mass.device)
+    tile, left = _first_above(tiles, uniforms[:, None])
+    token = tile * TILE + torch.arange(TILE, device=mass.device)
     inside = mass.gather(1, token.clamp(max=vocabulary - 1)).masked_fill_(token >= vocabulary, 0)
-    return tile * TILE + _first_above(inside, goal - before)[0]
+    return (tile * TILE + _first_above(inside, left)[0])[:, 0]
 
 
-def _first_above(mass, goal):
-    """(first index whose cumulative mass exceeds goal [m], the mass before it).
+def _first_above(mass, uniform):
+    """First index at which the cumulative mass exceeds `uniform` of the whole, and what is left.
 
-    Only an index with mass of its own; the last such if rounding put the goal beyond the total.
+    uniform [m, 1], its place within the index's own mass, [m, 1] both. The whole is where the
+    cumulative sum ends, not a sum of another order. Negligible mass is never chosen.
     """
-    cumulative = mass.cumsum(1)
-    index = torch.arange(mass.shape[1], device=mass.device)
-    last = index.where(mass > 0, 0).amax(1, keepdim=True)
-    first = index.where((cumulative > goal[:, None]) & (mass > 0), last).amin(1, keepdim=True)
-    before = cumulative.gather(1, first) - mass.gather(1, first)
-    return first[:, 0], before[:, 0]
+    some = mass > LEAST_SHARE * mass.amax(1, keepdim=True)
+    cumulative = mass.cumsum(1).masked_fill_(~some, 0)
+    goal = uniform * cumulative.amax(1, keepdim=True)
+    first = (cumulative > goal).int().argmax(1, keepdim=True)
+    beyond = cumulative.gather(1, first) - goal
+    return first, (1 - beyond / mass.gather(1, first)).clamp(0, 1 - 2.0**-24)
 
 
 @operation("chunked_cross_entropy_sample")

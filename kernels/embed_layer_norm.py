@@ -2,9 +2,11 @@
 
 Forward reads the three rows of each token and writes y; backward reads them again with dy and
 writes the gradient of their sum. Separate operations move three times as much. The table gradients
-are then sums of its rows: of each segment in registers, of each word and position in the order that
-a stable sort of the indices gives, one program a distinct index, in fp32. The same bits every time,
-where scattered additions race.
+are then sums of its rows in fp32: of each segment in registers, of each word and position in the
+order that a stable sort of the indices gives. The same bits every time, where scattered additions
+race. A program takes 64 sorted places, whatever their indices, and sums runs of equal ones by a
+product with zeros and ones: [MASK] alone has a run of thousands of rows, which one program would
+walk through for longer than all the rest takes.
 """
 
 import torch
@@ -24,6 +26,8 @@ from .language import (
     tl,
     upcast,
 )
+
+RUN = 64  # sorted places of a program that sums runs
 
 
 @jit
@@ -95,33 +99,54 @@ def _backward(
 
 
 @jit
-def _run_sum(
-    dz_ptr, sorted_ptr, order_ptr, index, first, rows, column,
+def _run_sums(
+    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, pieces_ptr, rows,
     H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Sum of dz over at most N rows of the run of `index` that goes on at `first`."""
-    place = first + tl.arange(0, N)
-    mine = tl.load(sorted_ptr + place, place < rows, -1) == index
-    row = tl.load(order_ptr + place, mine, 0)
-    inside = mine[:, None] & (column < H)[None, :]
-    return tl.sum(upcast(tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)), 0)
+    """Sums of each run of one index among N sorted places: gradients, or pieces of longer runs.
+
+    A piece goes to row 0 of the program's own two if its run began before, else to row 1.
+    """
+    place = tl.program_id(0) * N + tl.arange(0, N)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    index = tl.load(sorted_ptr + place, place < rows, -1)
+    row = tl.load(order_ptr + place, place < rows, 0)
+    inside = (place < rows)[:, None] & (column < H)[None, :]
+    dz = tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)
+    same = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(dz.dtype)
+    ACC: tl.constexpr = pieces_ptr.dtype.element_ty
+    sums = tl.dot(same, dz, input_precision="ieee", out_dtype=ACC)
+
+    before = tl.load(sorted_ptr + place - 1, (place > 0) & (place < rows), -1)
+    first = tl.program_id(0) * N
+    begun = tl.load(sorted_ptr + first - 1, first > 0, -1) == index
+    goes_on = tl.load(sorted_ptr + first + N, first + N < rows, -1) == index
+    whole = (index != before) & ~goes_on
+    at = index.to(tl.int64)[:, None] * H + column[None, :]
+    tl.store(d_table_ptr + at, sums.to(d_table_ptr.dtype.element_ty), inside & whole[:, None])
+    piece = ((place == first) & begun) | ((index != before) & goes_on)
+    at = (2 * tl.program_id(0) + tl.where(begun, 0, 1))[:, None] * H + column[None, :]
+    tl.store(pieces_ptr + at, sums, inside & piece[:, None])
 
 
 @jit
-def _table_gradient(
-    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, rows, H: tl.constexpr, BC: tl.constexpr
+def _join_pieces(
+    pieces_ptr, sorted_ptr, d_table_ptr, rows, H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr
 ):
-    """The program of an index's first place among the sorted ones adds up its rows of dz."""
-    first = tl.program_id(0)
-    index = tl.load(sorted_ptr + first)
-    if tl.load(sorted_ptr + first - 1, first > 0, -1) != index:
-        column = tl.program_id(1) * BC + tl.arange(0, BC)
-        # most indices occur a few times, some a thousand
-        total = _run_sum(dz_ptr, sorted_ptr, order_ptr, index, first, rows, column, H, BC, 8)
-        first += 8
-        while tl.load(sorted_ptr + first, first < rows, -1) == index:
-            total += _run_sum(dz_ptr, sorted_ptr, order_ptr, index, first, rows, column, H, BC, 64)
-            first += 64
+    """Gradient of the index whose run begins in a program of `_run_sums` and leaves it, if any."""
+    block = tl.program_id(0)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    index = tl.load(sorted_ptr + (block + 1) * N)
+    begun = tl.load(sorted_ptr + block * N - 1, block > 0, -1) == index
+    if (tl.load(sorted_ptr + (block + 1) * N - 1) == index) & (not begun):
+        total = tl.load(pieces_ptr + (2 * block + 1) * H + column, column < H, 0.0)
+        block += 1
+        while tl.load(sorted_ptr + block * N, block * N < rows, -1) == index:
+            more = block + tl.arange(0, 32)
+            mine = tl.load(sorted_ptr + more * N, more * N < rows, -1) == index
+            at = 2 * more[:, None] * H + column[None, :]
+            total += tl.sum(tl.load(pieces_ptr + at, mine[:, None] & (column < H)[None, :], 0.0), 0)
+            block += 32
         at = index.to(tl.int64) * H + column
         tl.store(d_table_ptr + at, total.to(d_table_ptr.dtype.element_ty), column < H)
 
@@ -191,10 +216,15 @@ def _sum_rows(dz, indices, table):
     """Gradient of a table of which rows were taken at indices [T]."""
     d_table = torch.zeros_like(table)
     ordered, order = torch.sort(indices, stable=True)
-    columns = min(128, power_of_two(table.shape[1]))
-    _table_gradient[(len(order), -(-table.shape[1] // columns))](
-        dz, ordered, order, d_table, len(order), H=table.shape[1], BC=columns, num_warps=4
-    )
+    rows, width = dz.shape
+    columns = min(128 // dz.element_size(), max(16, power_of_two(width)))  # 128 bytes: a line
+    constants = {"H": width, "BC": columns, "N": RUN}
+    blocks, parts = -(-rows // RUN), -(-width // columns)
+    statistics = torch.promote_types(dz.dtype, torch.float32)
+    pieces = dz.new_empty(blocks, 2, width, dtype=statistics)
+    _run_sums[(blocks, parts)](dz, ordered, order, d_table, pieces, rows, **constants)
+    if blocks > 1:
+        _join_pieces[(blocks - 1, parts)](pieces, ordered, d_table, rows, **constants)
     return d_table
 
 

@@ -19,7 +19,16 @@ cumulative distribution.
 import torch
 
 from .dispatch import operation
-from .language import LOG2_E, column_sums, jit, power_of_two, tl, upcast
+from .language import (
+    BELOW_ONE,
+    LOG2_E,
+    NEGLIGIBLE,
+    column_sums,
+    jit,
+    power_of_two,
+    tl,
+    upcast,
+)
 
 TILE = 128  # tokens; the finer level of the cumulative distribution
 SLOTS = 264  # programs at work at once: two for each SM of an H100
@@ -69,15 +78,21 @@ def _forward(
 
 
 @jit
-def _first_above(mass, goal):
-    """First index whose cumulative mass exceeds goal, with mass of its own.
+def _first_above(mass, uniform):
+    """First index at which the cumulative mass exceeds `uniform` of the whole, and what is left.
 
-    The last with mass, if rounding put goal beyond the total.
+    What is left of uniform: its place within that index's own mass, in [0, 1). The whole is where
+    the cumulative sum ends, not a sum of another order. Negligible mass is never chosen.
     """
-    index = tl.arange(0, mass.shape[0])
-    last = tl.max(tl.where(mass > 0, index, 0), 0)
-    above = (tl.cumsum(mass, 0) > goal) & (mass > 0)
-    return tl.min(tl.where(above, index, last), 0)
+    some = mass > tl.max(mass, 0) * NEGLIGIBLE
+    cumulative = tl.where(some, tl.cumsum(mass, 0), 0.0)
+    goal = uniform * tl.max(cumulative, 0)
+    first = tl.argmax((cumulative > goal).to(tl.int32), 0)
+    here = tl.arange(0, mass.shape[0]) == first
+    beyond = tl.sum(tl.where(here, cumulative, 0.0), 0) - goal
+    left = 1 - beyond / tl.sum(tl.where(here, mass, 0.0), 0)
+    left = tl.where(left > 0, left, 0.0)
+    return first, tl.where(left < BELOW_ONE, left, BELOW_ONE)
 
 
 @jit
@@ -108,14 +123,12 @@ def _finish(
     tl.store(correct_ptr + row, hit.to(tl.float32))
 
     mass = tl.load(tempered_ptr + at, tile < tiles, 0.0) * tl.exp2((tops - top) / temperature)
-    goal = tl.load(uniforms_ptr + row) * tl.sum(mass, 0)
-    chosen = _first_above(mass, goal)
-    goal -= tl.sum(tl.where(tile < chosen, mass, 0.0), 0)
+    chosen, left = _first_above(mass, tl.load(uniforms_ptr + row))
     token = chosen * BV + tl.arange(0, BV)
     z = tl.sum(upcast(_rows(weight_ptr, token, vocabulary, D, BD)) * hidden[None, :], 1)
     z += upcast(tl.load(bias_ptr + token, token < vocabulary, -float("inf")))
     inside = tl.exp2((z * LOG2_E - top) / temperature)
-    tl.store(sampled_ptr + row, chosen * BV + _first_above(inside, goal))
+    tl.store(sampled_ptr + row, chosen * BV + _first_above(inside, left)[0])
 
 
 @jit

@@ -18,6 +18,9 @@ except ImportError:  # the kernels are then never called
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp four
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
+LEAST_SHARE = 2.0**-40  # of the largest mass: what has less is never drawn, whatever the rounding
+NEGLIGIBLE = tl.constexpr(LEAST_SHARE)
+BELOW_ONE = tl.constexpr(1 - 2.0**-24)  # the largest uniform number
 PHILOX_ROUNDS = tl.constexpr(7)  # passes the statistical tests that 10 pass (Salmon et al. 2011)
 ELEMENTS = 2048  # of a block of whole rows: 16 bytes or more per thread and load
 PROGRAMS = 264  # that share the rows where each keeps sums over its own: two for an H100's SM

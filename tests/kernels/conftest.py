@@ -1,6 +1,11 @@
-"""Triton interprets or compiles, never both in a process: interpreted/ needs TRITON_INTERPRET=1."""
+"""Triton interprets or compiles, never both in a process.
 
-import os
+executed/ runs the kernels: on a GPU where there is one, else in Triton's interpreter, which takes a
+process of its own with TRITON_INTERPRET=1. compiled/ takes minutes and needs no GPU: it is left to
+machines that have none.
+"""
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore = ["compiled"] if INTERPRETED else ["interpreted"]
+import kernel_cases
+
+executes = kernel_cases.INTERPRETED or kernel_cases.ON_GPU
+collect_ignore = ["compiled"] if executes else ["executed"]

@@ -103,6 +103,28 @@ def test_forbidden_tokens_are_never_sampled_nor_trained():
     assert not torch.autograd.grad(loss, weight)[0][100:].any()
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_tokens_of_negligible_mass_are_never_drawn(backend, temperature):
+    """Neither the first nor the last of a tile, though a sum may end below its own total."""
+    g = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(400, 8, generator=g), torch.randn(1_000, 8, generator=g)
+    bias = torch.zeros(1_000)
+    bias[::128] = bias[127::128] = bias[-1] = -80
+    uniforms = 1 - 2.0**-24 * torch.arange(1, 401)
+    uniforms[200:] = 2.0**-24 * torch.arange(200)
+    labels = torch.zeros(400, dtype=torch.int32)
+    kernels.set_backend(backend)
+    try:
+        inputs = hidden, weight, bias, labels, uniforms, temperature
+        sampled = kernels.linear_cross_entropy_sample(*inputs)[1]
+    finally:
+        kernels.set_backend("auto")
+    assert (bias[sampled.long()] > -80).all()
+    exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
+    kernel_cases.assert_inverse_of(exact, uniforms, sampled)
+
+
 def test_vocabulary_head_without_rows_or_labels_has_zero_gradients():
     for rows in (0, 5):
         hidden, weight, bias, labels, uniforms, _ = kernel_cases.make(
@@ -195,6 +217,7 @@ def test_compiles_on_the_cpu():
         assert torch.equal(c, e)
 
 
+@pytest.mark.skipif(dispatch.cpu.numba is None, reason="the loops need numba")
 def test_backends(monkeypatch):
     try:
         for name in dispatch.BACKENDS:

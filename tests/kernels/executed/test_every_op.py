@@ -5,8 +5,7 @@ import importlib
 import kernel_cases
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from fastelectra.kernels import language
 
 every_op = pytest.mark.parametrize("name", kernel_cases.CASES)
 
@@ -14,7 +13,11 @@ every_op = pytest.mark.parametrize("name", kernel_cases.CASES)
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
-    low = kernel_cases.make(name, 24, 72, dtype)
+    check_error(name, 24, 72, dtype)
+
+
+def check_error(name, rows, width, dtype):
+    low = kernel_cases.make(name, rows, width, dtype)
     exact = [kernel_cases.convert(value, torch.float64) for value in low]
     truth = kernel_cases.with_gradients(kernel_cases.reference(name), exact)
     plain = kernel_cases.with_gradients(kernel_cases.reference(name), low)
@@ -26,16 +29,42 @@ def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
 
 
 @every_op
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(rows=st.integers(0, 45), width=st.integers(1, 80))
+@kernel_cases.shapes(10, rows=(0, 45), width=(1, 80))
 def test_any_shape(name, rows, width):
-    inputs = kernel_cases.make(name, rows, width)
+    if kernel_cases.ON_GPU:
+        width += 3  # the deviation of few numbers may be next to 0: rounding is then everything
+    compare(name, kernel_cases.make(name, rows, width))
+
+
+def compare(name, inputs):
+    """Output and gradients are those of plain PyTorch."""
     fused = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     plain = kernel_cases.with_gradients(kernel_cases.reference(name), inputs)
     for f, p in zip(fused, plain, strict=True):
-        torch.testing.assert_close(f, p, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(f, p, **kernel_cases.CLOSE)
 
 
+@pytest.mark.parametrize("name", sorted(set(kernel_cases.CASES) - set(kernel_cases.WAYS)))
+def test_a_program_takes_many_blocks_of_rows(name, monkeypatch):
+    module = importlib.import_module(f"fastelectra.kernels.{name}")
+    if hasattr(module, "PROGRAMS"):
+        monkeypatch.setattr(module, "PROGRAMS", 2)
+    compare(name, kernel_cases.make(name, 300, 200))
+
+
+def test_column_sums_of_many_rows():
+    x = torch.randn(150, 3, 70, generator=torch.Generator().manual_seed(0))
+    (x,) = kernel_cases.placed(x)
+    torch.testing.assert_close(
+        language.column_sums(x, torch.float32), x.sum(0), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_narrow_head_with_tiles_of_wide_rows():
+    check_error("flash_cross_entropy", 70, 200, torch.bfloat16)
+
+
+@pytest.mark.skipif(kernel_cases.ON_GPU, reason="needs fp64")
 @every_op
 def test_gradcheck(name):
     inputs = kernel_cases.make(name, 5, 6)
@@ -44,7 +73,7 @@ def test_gradcheck(name):
 
 @every_op
 def test_two_runs_are_bitwise_equal(name):
-    inputs = kernel_cases.make(name, 25, 24, torch.float32)
+    inputs = kernel_cases.make(name, 25, 72, torch.float32)
     once = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     twice = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
@@ -53,12 +82,12 @@ def test_two_runs_are_bitwise_equal(name):
 @pytest.mark.parametrize("name", sorted(set(kernel_cases.CASES) - set(kernel_cases.WAYS)))
 def test_opcheck(name):
     forward = importlib.import_module(f"fastelectra.kernels.{name}").forward.custom_op
-    torch.library.opcheck(forward, kernel_cases.make(name, 6, 10, torch.float32))
+    torch.library.opcheck(forward, kernel_cases.make(name, 6, 72, torch.float32))
 
 
 @every_op
 def test_compiles_without_a_graph_break(name):
-    inputs = kernel_cases.make(name, 20, 16, torch.float32)
+    inputs = kernel_cases.make(name, 20, 72, torch.float32)
     compiled = torch.compile(kernel_cases.operation(name), backend="aot_eager", fullgraph=True)
     eager = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     for c, e in zip(kernel_cases.with_gradients(compiled, inputs), eager, strict=True):
@@ -67,7 +96,7 @@ def test_compiles_without_a_graph_break(name):
 
 @every_op
 def test_inputs_need_not_be_contiguous(name):
-    inputs = kernel_cases.make(name, 10, 12)
+    inputs = kernel_cases.make(name, 10, 72, torch.float32)
     strided = [
         torch.stack([value, value], -1)[..., 0].detach().requires_grad_(value.requires_grad)
         if isinstance(value, torch.Tensor) and value.dim()

@@ -25,7 +25,7 @@ def head(rows, vocabulary=400, seed=0):
     weight = torch.randn(vocabulary, WIDTH, generator=g) * (2 / WIDTH**0.5)
     bias = torch.randn(vocabulary, generator=g)
     labels = torch.randint(-1, vocabulary, (rows,), generator=g, dtype=torch.int32)
-    return hidden, weight, bias, labels, torch.rand(rows, generator=g)
+    return kernel_cases.placed(hidden, weight, bias, labels, torch.rand(rows, generator=g))
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,12 @@ def test_width_and_type_decide_the_way(width, dtype, way, monkeypatch):
         raise Taken
 
     monkeypatch.setattr(getattr(kernels, way), "forward", raising)
-    hidden, weight, bias = (torch.zeros(*s, dtype=dtype) for s in ((1, width), (9, width), (9,)))
+    shapes = (1, width), (9, width), (9,)
+    tables = [torch.zeros(*shape, dtype=dtype) for shape in shapes]
     with pytest.raises(Taken):
-        linear_cross_entropy_sample(hidden, weight, bias, torch.zeros(1).int(), torch.zeros(1))
+        linear_cross_entropy_sample(
+            *kernel_cases.placed(*tables, torch.zeros(1).int(), torch.zeros(1))
+        )
 
 
 @either_way
@@ -71,7 +74,7 @@ def test_samples_invert_the_exact_distribution(way, temperature):
 def test_labels_at_the_largest_logit_are_correct(way):
     hidden, weight, bias, labels, uniforms = head(20)
     best = (hidden @ weight.t() + bias).argmax(1).int()
-    labels = torch.where(torch.arange(20) < 7, best, (best + 1) % 400)
+    labels = torch.where(torch.arange(20, device=best.device) < 7, best, (best + 1) % 400)
     labels[:2] = -1
     assert kernel_cases.WAYS[way](hidden, weight, bias, labels, uniforms, 1.0)[2] == 5
 
@@ -90,7 +93,7 @@ def test_samples_do_not_depend_on_tiles_and_parts(size, monkeypatch):
 def test_samples_do_not_depend_on_chunks_or_on_other_rows(monkeypatch):
     inputs = *head(130), 1.0
     before = kernel_cases.chunked(*inputs)[1]
-    monkeypatch.setitem(chunked_cross_entropy.CHUNK, "cpu", 64)
+    monkeypatch.setattr(chunked_cross_entropy, "CHUNK", {"cpu": 64, "cuda": 64})
     assert torch.equal(before, kernel_cases.chunked(*inputs)[1])
 
 
@@ -102,9 +105,10 @@ def test_samples_of_a_full_vocabulary_follow_it(way):
     hidden[rows // 2 :, 0] = 3  # half the rows have a flat distribution, half a peaked one
     weight = torch.zeros(vocabulary, WIDTH)
     weight[:, 0] = torch.randn(vocabulary, generator=g)
-    labels = torch.zeros(rows, dtype=torch.int32)
-    uniforms = torch.rand(rows, generator=g)
-    bias = torch.zeros(vocabulary)
+    labels, bias = torch.zeros(rows, dtype=torch.int32), torch.zeros(vocabulary)
+    hidden, weight, bias, labels, uniforms = kernel_cases.placed(
+        hidden, weight, bias, labels, torch.rand(rows, generator=g)
+    )
     loss, sampled, _ = kernel_cases.WAYS[way](hidden, weight, bias, labels, uniforms, 1.0)
     exact = kernel_cases.exact_distribution(hidden[[0, -1]], weight, bias, 1.0)
     kernel_cases.assert_inverse_of(exact.repeat_interleave(rows // 2, 0), uniforms, sampled)
@@ -153,6 +157,72 @@ def test_only_the_loss_has_a_gradient(way):
     assert loss.requires_grad
     assert not sampled.requires_grad
     assert not correct.requires_grad
+
+
+@either_way
+def test_a_hit_is_a_label_at_the_top_and_nothing_else(way):
+    hidden, weight = torch.ones(5, WIDTH), torch.zeros(300, WIDTH)
+    bias = torch.full((300,), -9.0)
+    bias[7], bias[200], bias[299] = -3.0, -3.001, -3.1
+    labels = torch.tensor([7, -1, 200, 299, -1], dtype=torch.int32)
+    inputs = kernel_cases.placed(hidden, weight, bias, labels, torch.rand(5))
+    assert kernel_cases.WAYS[way](*inputs, 1.0)[2] == 1
+
+
+@either_way
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_tokens_of_negligible_mass_are_never_drawn(way, temperature):
+    """Neither the first nor the last of a tile, though a sum may end below its own total."""
+    hidden, weight, bias, labels, uniforms = head(64)
+    bias[::128] = bias[127::128] = bias[-1] = -80
+    uniforms[:] = 1 - 2.0**-24 * torch.arange(1, 65)
+    uniforms[32:] = 2.0**-24 * torch.arange(32)
+    sampled = kernel_cases.WAYS[way](hidden, weight, bias, labels, uniforms, temperature)[1]
+    assert (bias[sampled.long()] > -80).all()
+    exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
+    kernel_cases.assert_inverse_of(exact, uniforms, sampled)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_of_many_blocks(temperature):
+    """Logits that rise from block to block; of the first block, none at all."""
+    g = torch.Generator().manual_seed(5)
+    vocabulary, rows = 9_000, 6
+    hidden, weight = torch.randn(rows, WIDTH, generator=g), torch.randn(vocabulary, WIDTH)
+    bias = torch.linspace(0, 4, vocabulary)
+    bias[:4_500] = -math.inf
+    labels = torch.tensor([4_500, 8_192, -1, 8_191, 8_999, 6_000], dtype=torch.int32)
+    uniforms = torch.tensor([0.0, 0.3, 0.5, 0.7, 0.9, 1 - 2.0**-24])
+    tables = [t.double().requires_grad_() for t in (hidden / 4, weight, bias)]
+    inputs = [kernel_cases.convert(t, kernel_cases.EXACT) for t in (*tables, labels, uniforms)]
+    inputs.append(temperature)
+    fused = kernel_cases.with_gradients(kernel_cases.operation("chunked_cross_entropy"), inputs)
+    plain = kernel_cases.with_gradients(kernel_cases.reference("chunked_cross_entropy"), inputs)
+    for f, p in zip(fused, plain, strict=True):
+        torch.testing.assert_close(f, p, **kernel_cases.CLOSE)
+    _, sampled, _ = kernel_cases.chunked(*inputs)
+    exact = kernel_cases.exact_distribution(*inputs[:3], temperature)
+    kernel_cases.assert_inverse_of(exact, inputs[4], sampled)
+
+
+@pytest.mark.skipif(not kernel_cases.ON_GPU, reason="needs CUDA's allocator")
+@pytest.mark.parametrize(("width", "share"), [(128, 0.1), (768, 1)])
+def test_all_logits_are_never_held(width, share):
+    rows, vocabulary = 9_830, 30_522
+    shapes = (rows, width), (vocabulary, width), (vocabulary,)
+    tables = [torch.zeros(s, dtype=torch.bfloat16, device="cuda").requires_grad_() for s in shapes]
+    rest = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows)
+
+    def step():
+        loss, *_ = linear_cross_entropy_sample(*tables, *placed)
+        torch.autograd.grad(loss, tables)
+
+    placed = kernel_cases.placed(*rest)
+    step()  # the library's workspaces
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    assert torch.cuda.max_memory_allocated() - before < share * rows * vocabulary * 2
 
 
 @pytest.mark.parametrize("module", [flash_cross_entropy, chunked_cross_entropy])
