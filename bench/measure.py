@@ -141,6 +141,8 @@ class Runner:
             profiler.export_chrome_trace(str(trace))
         spent = Counter()
         for event in profiler.events():
+            if getattr(event, "is_user_annotation", False):  # a range, also shown as of the GPU
+                continue
             on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
             microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
             if microseconds and on_gpu == cuda:

@@ -198,7 +198,7 @@ class Bench:
             while tokens <= MOST_TOKENS:
                 try:
                     runner, _ = self._start(name, workload_of(self.args, tokens, tokens))
-                except torch.OutOfMemoryError:
+                except RuntimeError:  # out of memory; during a capture under other names
                     break
                 runner.close()
                 found[name], tokens = tokens, 2 * tokens
@@ -279,6 +279,8 @@ def run(args: argparse.Namespace, environment: dict) -> int:
     bench = Bench(args, process)
     bench.run()
     result = bench.results()
+    if process.leads:
+        save(args, result)  # before what may fail or run out of time
     if args.profile:
         stem = (args.json or Path("throughput")).with_suffix("")
         result["profile_ms"] = bench.profile(stem.with_name(stem.name + "-trace.json.gz"))
@@ -311,15 +313,20 @@ def data_only(args: argparse.Namespace) -> int:
     return 0
 
 
+def save(args: argparse.Namespace, result: dict) -> None:
+    """Write the JSON, if it was asked for."""
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote {args.json}", flush=True)
+
+
 def report(args: argparse.Namespace, result: dict) -> None:
     """Print, and write what was asked for."""
     from report import draw, lines
 
     print("\n".join(lines(result)), flush=True)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote {args.json}")
+    save(args, result)
     if args.plot:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(result, args.plot)

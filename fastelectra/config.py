@@ -79,6 +79,9 @@ class TrainingConfig:
     eval_tokens: int = 500_000  # at most so many held-out tokens an evaluation
     checkpoint_every: int = 5_000
     keep_last: int = 3  # checkpoints kept
+    keep_every: int = 0  # steps: checkpoints of a multiple are kept for good; 0: none
+    stop_when_not_saved: bool = True  # false: where a checkpoint cannot be written, warn and go on
+    max_skipped: int = 20  # updates in a row without numbers, each skipped, that end the run
     tensorboard: bool = True  # where the package is installed
     wandb_project: str = ""  # empty: off
 
@@ -211,7 +214,7 @@ def _check_values(config: Config, where: str) -> None:
         "objective": ("temperature",),
         "optimizer": ("peak_lr", "epsilon"),
         "training": ("steps", "batch_tokens", "micro_batch_tokens", "log_every", "eval_every",
-                     "eval_tokens", "checkpoint_every", "keep_last"),
+                     "eval_tokens", "checkpoint_every", "keep_last", "max_skipped"),
     }  # fmt: skip
     for section, names in positive.items():
         for name in names:
@@ -230,6 +233,7 @@ def _check_values(config: Config, where: str) -> None:
         require(0 <= value < 1, f"{section}.{name} must be in [0, 1), got {value}")
     require(optimizer.warmup_steps >= 0, "optimizer.warmup_steps must be 0 or more")
     require(0 <= optimizer.weight_decay < float("inf"), "optimizer.weight_decay must be ≥ 0")
+    require(0 <= training.keep_every < 2**53, "training.keep_every must be 0 or more")
     require(0 <= training.seed < 2**63, "training.seed must be in [0, 2^63)")
     require(0 < data.mask_fraction < 1, "data.mask_fraction must be between 0 and 1")
     require(0 < model.generator_fraction <= 1, "model.generator_fraction must be in (0, 1]")

@@ -25,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
         help="override one field; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-hours", type=float, metavar="H", help="save and exit after so many hours"
+    )
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="first compare every byte of the corpus with its checksums",
+    )  # fmt: skip
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers add it
 
 
@@ -32,9 +39,13 @@ def run(args: argparse.Namespace) -> int:
     """Train as the arguments say. Raises FastElectraError, on every rank."""
     process = launch.prepare()
     with launch.one_voice(process):
+        if args.max_hours is not None and not args.max_hours > 0:
+            raise errors.FastElectraError(f"--max-hours {args.max_hours:g} must be above 0")
         config = load_config(args.config, args.set)
         launch.accumulation(config, process)
         corpus = open_corpus(config.data.path)
+        if args.verify:
+            corpus.verify()
 
         # after all that can be checked without them; they read what launch.prepare has set
         from fastelectra.training.engine import plan_engine
@@ -53,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             check_outputs(config)  # the first that writes
         for line in opening(trainer):
             process.say(line)
-        trainer.train()
+        trainer.train(args.max_hours)
         return 0
 
 

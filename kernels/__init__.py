@@ -1,8 +1,8 @@
 """Fused operations of the ELECTRA step, imported as fastelectra.kernels.
 
 Floating-point tensors are bf16, fp16 or fp32 with fp32 statistics and accumulation (fp64 stays
-fp64 throughout); integer tensors are int32. CUDA tensors take the Triton kernels, CPU tensors plain
-PyTorch: `dispatch` decides.
+fp64 throughout); integer tensors are int32, seeds int64. CUDA tensors take the Triton kernels, CPU
+tensors compiled loops where an op has them, else plain PyTorch: `dispatch` decides.
 """
 
 from .bias_gelu import bias_gelu, bias_gelu_reference

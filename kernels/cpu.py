@@ -5,6 +5,7 @@ bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops i
 """
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,9 @@ OPTIONS = {
     "fastmath": {"reassoc", "nsz", "contract", "arcp", "afn"},
     # no ZeroDivisionError: loops that may raise are not turned into vector code
     "error_model": "numpy",
+    # Else a call reaches a function's own code if newly compiled, and the caller's copy of it if
+    # loaded from the cache, which LLVM may have treated otherwise: sums in another order.
+    "forceinline": True,
 }
 
 try:
@@ -24,17 +28,28 @@ try:
     from llvmlite import ir
     from numba.extending import intrinsic, overload
 
-    # numba keeps what it compiled until the file of a function changes, not those it calls
-    _sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
-    CACHE = Path.home() / ".cache/fastelectra/loops" / hashlib.sha256(_sources).hexdigest()[:16]
+    def _cache_folder() -> str:
+        """Where compiled loops are kept; empty where no folder can be made.
+
+        One for each state of the sources: numba looks at the file of a function, not at those of
+        the functions it calls.
+        """
+        sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
+        state = hashlib.sha256(sources).hexdigest()[:16]
+        try:
+            root = Path(numba.config.CACHE_DIR or Path.home() / ".cache/fastelectra/loops")
+            (root / state).mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError):  # no home
+            return ""
+        return str(root / state) if os.access(root / state, os.W_OK) else ""
+
+    CACHE = _cache_folder()
 
     def loop(function):
-        """Compile a loop, or a function of loops: LLVM inlines small ones."""
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(CACHE)
+        """Compile a loop, or a function of loops."""
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, CACHE
         try:
-            return numba.njit(cache=True, nogil=True, **OPTIONS)(function)
-        except RuntimeError:  # no place for a cache
-            return numba.njit(nogil=True, **OPTIONS)(function)
+            return numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
         finally:
             numba.config.CACHE_DIR = before
 
@@ -99,6 +114,9 @@ def dropping(width: int, p: float) -> tuple[int, np.uint32, np.float32]:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, parts() - 1), "fastelectra")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
 
 
 @intrinsic

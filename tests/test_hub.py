@@ -280,10 +280,14 @@ def test_export_refuses(tmp_path, corpus, exported, capsys):
     assert "Not a directory" in line
 
     change_tensors(folder, lambda tensors: tensors.pop("embeddings.word"))
+    checkpoint.write_sums(folder)
     assert "model.safetensors and state.json disagree" in refused(capsys, "export", folder, out)
     (folder / "model.safetensors").write_bytes(b"cut")
+    assert "does not match its checksum" in refused(capsys, "export", folder, out)
+    checkpoint.write_sums(folder)
     assert "cannot read" in refused(capsys, "export", folder, out)
     (folder / "state.json").write_text('{"format": 1}')
+    checkpoint.write_sums(folder)
     assert "state.json lacks step" in refused(capsys, "export", folder, out)
 
 

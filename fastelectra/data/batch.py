@@ -1,9 +1,12 @@
 """The one thing that crosses from data to model: packed, masked examples in fixed shapes."""
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 
 import torch
+
+pinning = threading.Lock()  # hold it where no other thread may allocate page-locked memory
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory."""
-        return self._map(torch.Tensor.pin_memory)
+        with pinning:
+            return self._map(torch.Tensor.pin_memory)
 
     def _map(self, change) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

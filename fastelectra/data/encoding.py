@@ -3,14 +3,16 @@
 import multiprocessing
 import os
 import signal
-import threading
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -18,6 +20,8 @@ from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
 
 CHUNK_CHARACTERS = 1 << 20  # text handed to a worker at a time; a longer document is cut
+LINE_OVERHEAD = 32  # characters that a line counts for besides its own: many lines take memory too
+MOST_DEATHS = 3  # of workers over one chunk
 WORKER_BYTES = 32 << 20  # less text than this a worker is not worth starting a process
 LINES_DTYPE = np.dtype("<u4")
 
@@ -56,7 +60,7 @@ def make_chunks(
     for line in chain(lines, [None]):
         if line is not None:
             pending.append(line)
-            size += len(line)
+            size += len(line) + LINE_OVERHEAD
             if size < CHUNK_CHARACTERS:
                 continue
         if shard is None and not pending:
@@ -117,37 +121,82 @@ def encode_in_order(
     if workers == 1:
         yield from map(Encoder(tokenizer, dtype), chunks)
         return
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer, dtype)
-    )
-    running: deque = deque()
+    team = [_Worker(tokenizer, dtype) for _ in range(workers)]
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    for worker in team:
+        idle.put(worker)
+
+    def encode(chunk: list[Piece]) -> list[Encoded]:
+        worker = idle.get()
+        try:
+            return worker.encode(chunk)
+        finally:
+            idle.put(worker)
+
+    threads = ThreadPoolExecutor(workers)
+    running: deque[Future] = deque()
     try:
         for chunk in chunks:
-            running.append(pool.submit(_encode, chunk))
+            running.append(threads.submit(encode, chunk))
             if len(running) > 2 * workers:  # enough to keep all busy, few enough to bound memory
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
-    except BrokenProcessPool:
-        raise FastElectraError(
-            "a worker process died, perhaps for lack of memory: try fewer --workers"
-        ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in team:
+            worker.stop()
 
 
-def _start_worker(tokenizer: Path, dtype: np.dtype) -> None:
-    global _encode_chunk  # noqa: PLW0603  (a pool's initializer has nowhere else to put it)
+class _Worker:
+    """A process that encodes, and another in its place when it dies.
+
+    It has a pipe of its own, which ends with it; in one shared by several workers, as those of
+    ProcessPoolExecutor are, half a message of a dead one would be waited for forever.
+    """
+
+    def __init__(self, *arguments):
+        self._arguments = arguments
+        self._stopped = False
+        self._start()
+
+    def encode(self, chunk: list[Piece]) -> list[Encoded]:
+        """The chunk's tokens; FastElectraError when one process after another dies of it."""
+        for _ in range(MOST_DEATHS):
+            try:
+                self._pipe.send(chunk)
+                return self._pipe.recv()
+            except (EOFError, OSError):
+                if self._stopped:
+                    raise
+            print("a worker process died: another one goes on", file=sys.stderr, flush=True)
+            self._end()
+            self._start()
+        raise FastElectraError(
+            "worker processes keep dying, perhaps for lack of memory: try fewer --workers"
+        )
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._stopped = True
+        self._end()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _work(pipe: Connection, tokenizer: Path, dtype: np.dtype) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    _encode_chunk = Encoder(tokenizer, dtype)
-
-
-def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode(chunk: list[Piece]) -> list[Encoded]:
-    return _encode_chunk(chunk)
+    encode = Encoder(tokenizer, dtype)
+    with suppress(EOFError, ConnectionError):  # the parent has gone
+        while True:
+            pipe.send(encode(pipe.recv()))

@@ -1,6 +1,7 @@
 """`fastelectra prepare`: text files to token shards, a tokenizer and a manifest."""
 
 import argparse
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 from fastelectra.data import demo, vocabulary
 from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_order, make_chunks
 from fastelectra.data.progress import Progress
-from fastelectra.data.shards import FORMAT, Corpus, Manifest, file_sha256
-from fastelectra.data.sources import Reader, Source, find_sources
+from fastelectra.data.shards import Corpus, Manifest, file_sha256, write_durably
+from fastelectra.data.sources import Reader, Skipped, Source, find_sources
 from fastelectra.data.writer import ShardWriter
 from fastelectra.errors import FastElectraError
 
@@ -71,19 +72,18 @@ def run(args: argparse.Namespace) -> int:
     """Prepare a corpus; FastElectraError for anything the user can mend."""
     _check(args)
     out = _destination(args.out or "data/demo")
+    skipped = Skipped()
     sources = find_sources([str(demo.demo_text())] if args.demo else args.inputs)
-    if not sum(source.size for source in sources):
-        raise FastElectraError(f"{sources[0].path}: the input is empty")
-    settings = _settings(args, sources)
+    sources, settings = _settings(args, sources, skipped)
     if _is_done(out, settings):
         print(f"{out} is prepared already", file=sys.stderr)
         return 0
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if args.workers > 1 else "false"
     with _partial_folder(out) as partial:
         _begin(partial, settings)
-        manifest = _prepare(args, sources, settings, partial)
+        manifest = _prepare(args, sources, settings, skipped, partial)
         os.replace(partial, out)
-    _report(out, manifest)
+    _report(out, manifest, skipped)
     return 0
 
 
@@ -118,18 +118,30 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _settings(args: argparse.Namespace, sources: list[Source]) -> dict:
-    """All that decides the result: contents of the input, and options."""
+def _settings(
+    args: argparse.Namespace, found: list[Source], skipped: Skipped
+) -> tuple[list[Source], dict]:
+    """The sources to use, and all that decides the result: their contents, and options."""
     with ThreadPoolExecutor(args.workers) as pool:
-        digests = list(pool.map(file_sha256, (source.path for source in sources)))
-    root = os.path.commonpath([source.path.resolve().parent for source in sources])
+        digests = list(pool.map(_digest, found))
+    used: dict[str, Source] = {}
+    for source, (digest, problem) in zip(found, digests, strict=True):
+        if problem:
+            skipped.add(source.path, problem)
+        elif digest in used:
+            skipped.add(source.path, "a copy of another file", used[digest].path.name)
+        else:
+            used[digest] = source
+    if not used:
+        raise FastElectraError(f"there is no text in the input{skipped}")
+    root = _root(used.values())
     inputs = [
         {
             "name": source.path.resolve().relative_to(root).as_posix(),
             "bytes": source.size,
             "sha256": digest,
         }
-        for source, digest in zip(sources, digests, strict=True)
+        for digest, source in used.items()
     ]
     words: dict = {"lowercase": not args.cased, "strip_accents": not _keeps_accents(args)}
     if args.vocab:
@@ -138,13 +150,27 @@ def _settings(args: argparse.Namespace, sources: list[Source]) -> dict:
     else:
         default = demo.VOCAB_SIZE if args.demo else VOCAB_SIZE
         words["size"] = default if args.vocab_size is None else args.vocab_size
-    return {
+    settings = {
         "inputs": inputs,
         "documents": args.documents,
         "field": args.field,
         "vocabulary": words,
         "heldout_fraction": args.heldout_fraction,
     }
+    return list(used.values()), settings
+
+
+def _digest(source: Source) -> tuple[str, str]:
+    """The SHA-256 of its content, or why it is of no use."""
+    try:
+        return file_sha256(source.path), "" if source.size else "empty"
+    except OSError as error:
+        return "", error.strerror
+
+
+def _root(sources: Iterable[Source]) -> Path:
+    """The folder that all of them are in."""
+    return Path(os.path.commonpath([source.path.resolve().parent for source in sources]))
 
 
 def _keeps_accents(args: argparse.Namespace) -> bool:
@@ -161,7 +187,7 @@ def _is_done(out: Path, settings: dict) -> bool:
                 f"{out} was prepared from other input or settings ({', '.join(changed)}): choose"
                 " another --out, or delete it"
             )
-        Corpus(out, manifest).check_sizes()
+        Corpus(out, manifest).check()
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FastElectraError(f"{out} exists and is not a prepared corpus: choose another --out")
@@ -206,7 +232,11 @@ def _begin(partial: Path, settings: dict) -> None:
 
 
 def _prepare(
-    args: argparse.Namespace, sources: list[Source], settings: dict, folder: Path
+    args: argparse.Namespace,
+    sources: list[Source],
+    settings: dict,
+    skipped: Skipped,
+    folder: Path,
 ) -> Manifest:
     if not (folder / "tokenizer").exists():
         vocabulary.write(_make_tokenizer(args, sources, settings), folder / "tokenizer.new")
@@ -219,7 +249,7 @@ def _prepare(
     heldout = math.ceil(text_bytes * args.heldout_fraction / SHARD_BYTES)
     writer = ShardWriter(folder, ["train"] * train + ["heldout"] * heldout, dtype)
 
-    reader = Reader(sources, args.documents, args.field)
+    reader = Reader(sources, args.documents, args.field, skipped)
     chunks = make_chunks(reader, _placement(train, heldout, args.heldout_fraction))
     workers = max(1, min(args.workers, text_bytes // WORKER_BYTES))
     with Progress("encoding", sum(source.size for source in sources)) as progress:
@@ -229,22 +259,20 @@ def _prepare(
             progress.update(reader.bytes_read)
     shards, counts = writer.finish()
     if not any(shard.tokens for shard in shards):
-        raise FastElectraError(f"{sources[0].path}: there is no text in the input")
-    tokenizer_json = (folder / "tokenizer/tokenizer.json").read_bytes()
-    described = json.dumps([FORMAT, settings], sort_keys=True).encode()
+        raise FastElectraError(f"there is no text in {sources[0].path}{skipped}")
+    write_durably(folder / "skipped.jsonl", skipped.to_jsonl(_root(sources)))
     manifest = Manifest(
-        fingerprint=hashlib.sha256(described + tokenizer_json).hexdigest(),
-        tokenizer_fingerprint=hashlib.sha256(tokenizer_json).hexdigest(),
+        tokenizer_fingerprint=file_sha256(folder / "tokenizer/tokenizer.json"),
         vocab_size=size,
         special_tokens=asdict(vocabulary.SpecialTokens.of(tokenizer, "the tokenizer")),
         token_bytes=dtype.itemsize,
         settings=settings,
-        counts=counts,
+        counts=counts | {"skipped": skipped.by_reason().total()},
         shards=shards,
     )
-    for name in ("settings.json", "lock"):
-        (folder / name).unlink()
     manifest.write(folder / "manifest.json")
+    for name in ("settings.json", "progress.json", "lock"):
+        (folder / name).unlink()
     return manifest
 
 
@@ -252,12 +280,17 @@ def _make_tokenizer(args: argparse.Namespace, sources: list[Source], settings: d
     style = not args.cased, not _keeps_accents(args)
     if args.vocab:
         return vocabulary.read(Path(args.vocab), *style)
-    reader = Reader(sources, args.documents, args.field)
+    reader = Reader(sources, args.documents, args.field, Skipped())
     share = SAMPLE_BYTES / sum(source.text_bytes for source in sources)
-    with Progress("reading for the vocabulary", sum(source.size for source in sources)) as progress:
-        texts = list(_sample(reader, share, lambda: progress.update(reader.bytes_read)))
-    with Progress("training the vocabulary", 0):
-        return vocabulary.train(texts, settings["vocabulary"]["size"], *style)
+    with Progress("making the vocabulary", sum(source.size for source in sources)) as progress:
+        texts = _sample(reader, share, lambda: progress.update(reader.bytes_read))
+        try:
+            tokenizer = vocabulary.train(texts, settings["vocabulary"]["size"], *style)
+        except FastElectraError as error:
+            raise FastElectraError(f"{error}{reader.skipped}") from None
+    with suppress(OSError, AttributeError):  # give 400 MB back before the workers start
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return tokenizer
 
 
 def _sample(lines: Iterable[str | None], share: float, report: Callable[[], None]) -> Iterator[str]:
@@ -300,7 +333,7 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _report(out: Path, manifest: Manifest) -> None:
+def _report(out: Path, manifest: Manifest, skipped: Skipped) -> None:
     counts = manifest.counts
     heldout = sum(shard.documents for shard in manifest.shards if shard.split == "heldout")
     print(
@@ -309,6 +342,9 @@ def _report(out: Path, manifest: Manifest) -> None:
         f" vocabulary {manifest.vocab_size:,}",
         file=sys.stderr,
     )
+    if skipped:
+        reasons = ", ".join(f"{count:,} × {why}" for why, count in skipped.by_reason().items())
+        print(f"skipped: {reasons}; listed in {out / 'skipped.jsonl'}", file=sys.stderr)
     if counts["documents"] == 1:
         print(
             "warning: the text is a single document, so none is held out to evaluate on; blank"

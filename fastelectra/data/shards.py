@@ -1,6 +1,7 @@
 """A prepared corpus on disk: manifest, token shards, tokenizer.
 
-OUT/manifest.json                     counts, settings, fingerprint, a checksum per file
+OUT/manifest.json                     counts, settings, fingerprint, checksums of every file
+OUT/skipped.jsonl                     what of the input is not in the corpus, and why
 OUT/tokenizer/                        tokenizer.json, vocab.txt, tokenizer_config.json
 OUT/{train,heldout}-00000.tokens      little-endian uint16 or uint32, one after another
 OUT/{train,heldout}-00000.lines       little-endian uint32: tokens of each line, 0 = end of
@@ -9,17 +10,25 @@ OUT/{train,heldout}-00000.lines       little-endian uint32: tokens of each line,
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from fastelectra.data import vocabulary
 from fastelectra.data.encoding import LINES_DTYPE
 from fastelectra.data.vocabulary import SpecialTokens
 from fastelectra.errors import FastElectraError
 
-FORMAT = 1
+FORMAT = 2
+SUFFIXES = ("tokens", "lines")  # of a shard's files
+SAMPLES, SAMPLE_BYTES = 16, 4096  # blocks of a file that are read when a corpus is opened
+READERS = 8  # files read at a time
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,12 @@ class Shard:
 
     tokens: np.ndarray  # uint16 | uint32 [N]
     lines: np.ndarray  # uint32: tokens of each line, 0 = end of document
+    vocab_size: int = 1 << 32  # every token is below it
+
+    def is_sound(self) -> bool:
+        """Whether compiled code may follow its numbers. Reads all of it."""
+        whole = self.lines.sum(dtype=np.int64) == len(self.tokens)
+        return bool(whole and self.tokens.max(initial=0) < self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -40,14 +55,14 @@ class ShardEntry:
     lines: int  # entries of the .lines file
     tokens: int
     sha256: dict[str, str]  # of the file with each suffix
+    sample_sha256: dict[str, str]  # of SAMPLES blocks of it
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What manifest.json holds."""
 
-    fingerprint: str  # of tokenizer, settings and input
-    tokenizer_fingerprint: str
+    tokenizer_fingerprint: str  # SHA-256 of tokenizer.json
     vocab_size: int
     special_tokens: dict[str, int]
     token_bytes: int  # 2 or 4
@@ -55,9 +70,15 @@ class Manifest:
     counts: dict[str, int]
     shards: list[ShardEntry]
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all the rest, and so of every byte of the corpus."""
+        text = json.dumps([FORMAT, asdict(self)], sort_keys=True)  # names may be no UTF-8
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def write(self, path: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1)  # names may be no UTF-8
-        path.write_text(text + "\n", encoding="utf-8")
+        values = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
+        write_durably(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -67,12 +88,24 @@ class Manifest:
                 raise FastElectraError(
                     f"{path} was written by another version of fastelectra: prepare it again"
                 )
-            shards = [ShardEntry(**entry) for entry in values.pop("shards")]
-            return cls(shards=shards, **values)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise FastElectraError(
-                f"{path} is damaged: delete {path.parent} and prepare it again"
-            ) from None
+            fingerprint = values.pop("fingerprint")
+            shards = [_of_types(ShardEntry, entry) for entry in values.pop("shards")]
+            manifest = _of_types(cls, {**values, "shards": shards})
+            if manifest.fingerprint == fingerprint and manifest._is_sound():
+                return manifest
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            pass
+        raise FastElectraError(f"{path} is damaged: delete {path.parent} and prepare it again")
+
+    def _is_sound(self) -> bool:
+        """Whether it can be followed: its names stay in the folder, and there is what it names."""
+        SpecialTokens(**self.special_tokens)
+        return self.token_bytes in (2, 4) and all(
+            re.fullmatch(r"(train|heldout)-[0-9]{5,}", entry.name)
+            and set(entry.sha256) == set(entry.sample_sha256) == set(SUFFIXES)
+            and (entry.lines > 0 or entry.tokens == 0)
+            for entry in self.shards
+        )
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -80,7 +113,7 @@ class Manifest:
 
 
 class Corpus:
-    """A prepared corpus. Opening it checks that every file is there in its full size."""
+    """A prepared corpus. Opening it checks the size of every file and blocks of its content."""
 
     def __init__(self, path: Path, manifest: Manifest):
         self.path, self.manifest = path, manifest
@@ -96,32 +129,59 @@ class Corpus:
             Shard(
                 _map(self._file(entry, "tokens"), self.manifest.token_dtype),
                 _map(self._file(entry, "lines"), LINES_DTYPE),
+                self.vocab_size,
             )
             for entry in self.manifest.shards
             if entry.split == name and entry.tokens
         ]
 
+    def check(self) -> None:
+        """Quick whatever the size; FastElectraError when a file is missing, cut off or another's.
+
+        Of the shards it reads SAMPLES blocks a file, of the tokenizer everything.
+        """
+        file = self.tokenizer_dir / "tokenizer.json"
+        if not file.is_file():
+            raise self._damaged(file, "is missing")
+        if file_sha256(file) != self.tokenizer_fingerprint:
+            raise self._damaged(file, "is damaged or of another corpus")
+        tokenizer = vocabulary.load(self.tokenizer_dir)
+        if (tokenizer.get_vocab_size(), SpecialTokens.of(tokenizer, str(file))) != (
+            self.vocab_size,
+            self.special,
+        ):
+            raise self._damaged(self.path / "manifest.json", f"does not fit {file}")
+        self._each_file(self._check_sample)
+
     def verify(self) -> None:
         """Read everything; FastElectraError when a file is not what its checksum says."""
-        for entry in self.manifest.shards:
-            for suffix, expected in entry.sha256.items():
-                if file_sha256(self._file(entry, suffix)) != expected:
-                    raise self._damaged(self._file(entry, suffix), "is damaged")
+        self._each_file(self._check_whole)
 
-    def check_sizes(self) -> None:
-        """FastElectraError when a file is missing or of the wrong size."""
-        if not (self.tokenizer_dir / "tokenizer.json").is_file():
-            raise self._damaged(self.tokenizer_dir / "tokenizer.json", "is missing")
-        for file, size in self._expected_sizes():
-            if not file.is_file():
-                raise self._damaged(file, "is missing")
-            if file.stat().st_size != size:
-                raise self._damaged(file, f"has {file.stat().st_size} bytes instead of {size}")
+    def _each_file(self, check: Callable[[ShardEntry, str], None]) -> None:
+        files = [(entry, suffix) for entry in self.manifest.shards for suffix in SUFFIXES]
+        with ThreadPoolExecutor(READERS) as pool:
+            try:
+                for _ in pool.map(check, *zip(*files, strict=True)):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
-    def _expected_sizes(self) -> Iterator[tuple[Path, int]]:
-        for entry in self.manifest.shards:
-            yield self._file(entry, "tokens"), entry.tokens * self.manifest.token_bytes
-            yield self._file(entry, "lines"), entry.lines * LINES_DTYPE.itemsize
+    def _check_sample(self, entry: ShardEntry, suffix: str) -> None:
+        file = self._file(entry, suffix)
+        if not file.is_file():
+            raise self._damaged(file, "is missing")
+        width = self.manifest.token_bytes if suffix == "tokens" else LINES_DTYPE.itemsize
+        size, expected = file.stat().st_size, getattr(entry, suffix) * width
+        if size != expected:
+            raise self._damaged(file, f"has {size} bytes instead of {expected}")
+        if sample_sha256(file) != entry.sample_sha256[suffix]:
+            raise self._damaged(file, "is damaged or another shard's")
+
+    def _check_whole(self, entry: ShardEntry, suffix: str) -> None:
+        file = self._file(entry, suffix)
+        if file_sha256(file) != entry.sha256[suffix]:
+            raise self._damaged(file, "is damaged")
 
     def _file(self, entry: ShardEntry, suffix: str) -> Path:
         return self.path / f"{entry.name}.{suffix}"
@@ -143,7 +203,7 @@ def open_corpus(path: str | Path) -> Corpus:
             f", or `fastelectra prepare --demo --out {path}` for the demo text"
         )
     corpus = Corpus(path, Manifest.read(path / "manifest.json"))
-    corpus.check_sizes()
+    corpus.check()
     return corpus
 
 
@@ -159,6 +219,39 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sample_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of SAMPLES blocks of a file, evenly spread from its first to its last."""
+    digest = hashlib.sha256()
+    last = max(0, path.stat().st_size - SAMPLE_BYTES)
+    with open(path, "rb", buffering=0) as file:
+        for sample in range(SAMPLES):
+            file.seek(last * sample // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is whole or absent, also after a power cut."""
+    aside = path.with_name(f"{path.name}.new")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _of_types(cls, values: dict):
+    """A dataclass from JSON; an error if a value is not of its field's very type."""
+    for name, kind in get_type_hints(cls).items():
+        value, inner = values[name], get_args(kind)
+        items = value.values() if isinstance(value, dict) else value if inner else ()
+        if type(value) is not (get_origin(kind) or kind) or any(
+            type(item) is not inner[-1] for item in items if inner
+        ):
+            raise TypeError(name)
+    return cls(**values)
 
 
 def _map(file: Path, dtype: np.dtype) -> np.ndarray:

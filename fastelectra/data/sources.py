@@ -4,12 +4,15 @@ import glob
 import gzip
 import io
 import json
+import os
 import shutil
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,8 +21,9 @@ from fastelectra.errors import FastElectraError
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 COMPRESSION_RATIO = 3  # about, of English text
+ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
 LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
-RECORD_BYTES = 1 << 28  # a longer line of a .jsonl file is a mistake
+RECORD_BYTES = 1 << 27  # a longer line of a .jsonl file is skipped
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,53 @@ class Source:
     kind: str  # one of KINDS
     compression: str  # one of COMPRESSIONS, or empty
     size: int  # bytes as stored
+    changed: int  # when, in nanoseconds
 
     @property
     def text_bytes(self) -> int:
         """About how much text it holds."""
         packed = self.compression or self.kind == ".parquet"
         return self.size * COMPRESSION_RATIO if packed else self.size
+
+
+class Skipped:
+    """What of the input is left out: by file and reason, how often, and where first."""
+
+    def __init__(self):
+        self._found: dict[tuple[Path, str], list] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def __str__(self) -> str:
+        """To add to an error: the first files and reasons."""
+        named = [f"{path}: {reason}" for path, reason in islice(self._found, 3)]
+        more = "; …" if len(self._found) > 3 else ""
+        return f" (skipped: {'; '.join(named)}{more})" if named else ""
+
+    def add(self, path: Path, reason: str, place: str = "") -> None:
+        """Count one more of them; `reason` is the same for all of a kind."""
+        self._found.setdefault((path, reason), [0, place])[0] += 1
+
+    def by_reason(self) -> Counter[str]:
+        """How often for each reason."""
+        counts: Counter[str] = Counter()
+        for (_, reason), (count, _) in self._found.items():
+            counts[reason] += count
+        return counts
+
+    def to_jsonl(self, root: Path) -> str:
+        """A line for each file and reason, names relative to `root`."""
+        records = (
+            {"file": os.path.relpath(path.resolve(), root), "reason": reason, "count": count}
+            | ({"first": place} if place else {})
+            for (path, reason), (count, place) in self._found.items()
+        )
+        return "".join(f"{json.dumps(record)}\n" for record in records)
+
+
+class _Unreadable(Exception):
+    """Why a file, or the rest of it, cannot be read."""
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -61,18 +106,21 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         if not files:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
         for file in files:
-            found.setdefault(file.resolve(), Source(file, *_suffixes(file), file.stat().st_size))
+            with suppress(FileNotFoundError):  # gone since it was listed
+                about = file.stat()
+                source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
+                found.setdefault(file.resolve(), source)
     return list(found.values())
 
 
 def _below(folder: Path) -> list[Path]:
     """What lies below a folder, in order, but nothing hidden; empty for a file."""
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not (file.parent / "tokenizer_config.json").exists()  # vocab.txt is no text
-    )
+    found = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "tokenizer_config.json" not in files:  # vocab.txt is no text
+            found += [Path(place, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _suffixes(path: Path) -> tuple[str, str] | None:
@@ -93,12 +141,13 @@ class Reader:
 
     Lines are stripped and never empty. `documents` says what a document of a .txt file is:
     "blank-line" (up to a blank line), "line" or "file"; in .jsonl and .parquet it is the text
-    `field` of a record. Holds one line of text (LINE_BYTES) or one record at a time. Raises
-    FastElectraError, naming the place, for what it cannot read.
+    `field` of a record. Holds one line of text (LINE_BYTES) or one record at a time. What is
+    damaged is added to `skipped`; raises FastElectraError when records lack the field.
     """
 
-    def __init__(self, sources: Sequence[Source], documents: str, field: str):
+    def __init__(self, sources: Sequence[Source], documents: str, field: str, skipped: Skipped):
         self.sources, self.documents, self.field = sources, documents, field
+        self.skipped = skipped
         self._finished = 0
         self._position: Callable[[], int] = int
 
@@ -108,59 +157,82 @@ class Reader:
         return self._finished + self._position()
 
     def __iter__(self) -> Iterator[str | None]:
-        kinds = {".txt": self._text, ".jsonl": self._jsonl, ".parquet": self._parquet}
         for source in self.sources:
-            with open(source.path, "rb") as raw:
-                self._position = raw.tell
-                try:
-                    yield from kinds[source.kind](source, _decompressed(raw, source))
-                except (EOFError, zlib.error, gzip.BadGzipFile):
-                    raise FastElectraError(
-                        f"{source.path} is damaged, cut off or not gzip"
-                    ) from None
-                yield None
+            try:
+                yield from self._lines_of(source)
+            except _Unreadable as error:
+                self.skipped.add(source.path, str(error))
             self._position = int
             self._finished += source.size
+            yield None
+
+    def _lines_of(self, source: Source) -> Iterator[str | None]:
+        kinds = {".txt": self._text, ".jsonl": self._jsonl, ".parquet": self._parquet}
+        try:
+            raw = open(source.path, "rb")  # noqa: SIM115  (the next line closes it)
+        except OSError as error:
+            raise _Unreadable(error.strerror) from None
+        with raw:
+            self._position = raw.tell
+            try:
+                yield from kinds[source.kind](source, _decompressed(raw, source))
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                raise _Unreadable("damaged, cut off or not gzip from some place on") from None
+            about = os.fstat(raw.fileno())
+            if (about.st_size, about.st_mtime_ns) != (source.size, source.changed):
+                self.skipped.add(source.path, "changed while it was read")
 
     def _text(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
-        for line in _lines(stream, source):
+        def skip(offset: int) -> None:
+            unit = "byte of the unpacked text" if source.compression else "byte"
+            self.skipped.add(source.path, "line is not UTF-8", f"{unit} {offset}")
+
+        for line in _lines(stream, skip):
             if line:
                 yield line
             if self.documents == "line" or (self.documents == "blank-line" and not line):
                 yield None
 
     def _jsonl(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
-        number, offset = 0, 0
+        number = 0
         while record := stream.readline(RECORD_BYTES):
             number += 1
-            where = f"{source.path}, line {number}"
+            where = f"line {number}"
             if len(record) == RECORD_BYTES:
-                raise FastElectraError(f"{where}: longer than {RECORD_BYTES >> 20} MiB")
-            text = _decode(record, offset, source)
-            offset += len(record)
-            if not text.strip():
+                while record and not record.endswith(b"\n"):
+                    record = stream.readline(RECORD_BYTES)
+                self.skipped.add(
+                    source.path, f"line is longer than {RECORD_BYTES >> 20} MiB", where
+                )
                 continue
             try:
-                values = json.loads(text)
-            except (ValueError, RecursionError) as error:  # the first also for huge numbers
-                raise FastElectraError(f"{where}: not JSON: {error}") from None
+                text = record.decode("utf-8-sig" if number == 1 else "utf-8").replace("\0", "")
+                values = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                self.skipped.add(source.path, "line is not UTF-8", where)
+                continue
+            except (ValueError, RecursionError):  # the first also for huge numbers
+                self.skipped.add(source.path, "line is not JSON", where)
+                continue
+            if not text.strip():
+                continue
             if not isinstance(values, dict) or self.field not in values:
                 names = list(values)[:8] if isinstance(values, dict) else []
                 raise FastElectraError(
-                    f"{where}: no field {self.field!r} (there is {', '.join(names) or 'none'});"
-                    " name it with --field"
+                    f"{source.path}, {where}: no field {self.field!r} (there is"
+                    f" {', '.join(names) or 'none'}); name it with --field"
                 )
-            yield from self._record(values[self.field], where)
+            yield from self._record(values[self.field], source, where)
 
     def _parquet(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
         parquet = _optional("pyarrow.parquet", source)
         arrow = _optional("pyarrow", source)
         with _seekable(stream, source) as seekable:
             try:
-                yield from self._rows(source, parquet.ParquetFile(seekable))
-            except (arrow.ArrowException, OSError) as error:
-                reason = str(error).splitlines()[0]
-                raise FastElectraError(f"{source.path}: not readable Parquet: {reason}") from None
+                file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
+                yield from self._rows(source, file)
+            except (arrow.ArrowException, OSError):
+                raise _Unreadable("damaged or not Parquet from some place on") from None
 
     def _rows(self, source: Source, file) -> Iterator[str | None]:
         names = file.schema_arrow.names
@@ -172,23 +244,30 @@ class Reader:
         row = 0
         self._position = lambda: source.size * row // max(1, file.metadata.num_rows)
         for batch in file.iter_batches(batch_size=64, columns=[self.field]):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 row += 1
-                yield from self._record(text, f"{source.path}, row {row}")
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    self.skipped.add(source.path, "row is not UTF-8", f"row {row}")
+                    continue
+                yield from self._record(text, source, f"row {row}")
 
-    def _record(self, text: object, where: str) -> Iterator[str | None]:
+    def _record(self, text: object, source: Source, where: str) -> Iterator[str | None]:
         """A record's text, line by line; no text (null) is no document."""
         if text is None:
             return
         if not isinstance(text, str):
             raise FastElectraError(
-                f"{where}: field {self.field!r} is not text but {type(text).__name__}"
+                f"{source.path}, {where}: field {self.field!r} is not text but"
+                f" {type(text).__name__}"
             )
         try:
             stream = io.BytesIO(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise FastElectraError(f"{where}: not valid Unicode: {error.reason}") from None
-        yield from (line for line in _lines(stream, None) if line)
+        except UnicodeEncodeError:
+            self.skipped.add(source.path, "text is not valid Unicode", where)
+            return
+        yield from (line for line in _lines(stream) if line)
         yield None
 
 
@@ -213,11 +292,11 @@ def _seekable(stream: BinaryIO, source: Source) -> Iterator[BinaryIO]:
 
 
 class _Zstd(io.RawIOBase):
-    """The text of a .zst file, frame after frame; FastElectraError where it is damaged or cut."""
+    """The text of a .zst file, frame after frame; _Unreadable where it is damaged or cut off."""
 
     def __init__(self, raw: BinaryIO, source: Source):
         self._library = _optional("zstandard", source)
-        self._raw, self._source = raw, source
+        self._raw = raw
         self._frame = None  # being unpacked
         self._packed = b""  # read but not unpacked
         self._text = memoryview(b"")  # unpacked but not handed out
@@ -227,10 +306,10 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._text:
-            self._packed = self._packed or self._raw.read(1 << 14)
+            self._packed = self._packed or self._raw.read(ZSTD_BYTES)
             if not self._packed:
                 if self._frame is not None:
-                    raise FastElectraError(f"{self._source.path} is cut off")
+                    raise _Unreadable("cut off")
                 return 0
             self._unpack()
         size = min(len(buffer), len(self._text))
@@ -243,7 +322,7 @@ class _Zstd(io.RawIOBase):
         try:
             self._text = memoryview(self._frame.decompress(self._packed))
         except self._library.ZstdError:
-            raise FastElectraError(f"{self._source.path} is damaged or not zstd") from None
+            raise _Unreadable("damaged or not zstd from some place on") from None
         self._packed = self._frame.unused_data
         if self._frame.eof:
             self._frame = None
@@ -259,8 +338,11 @@ def _optional(module: str, source: Source):
         ) from None
 
 
-def _lines(stream: BinaryIO, source: Source | None) -> Iterator[str]:
-    """Stripped lines, blank ones too; a line beyond LINE_BYTES in parts, cut at white space."""
+def _lines(stream: BinaryIO, skip: Callable[[int], None] | None = None) -> Iterator[str]:
+    """Stripped lines, blank ones too; a line beyond LINE_BYTES in parts, cut at white space.
+
+    `skip` is called with the offset of each line, or part of one, that is not UTF-8.
+    """
     offset, rest = 0, b""
     inside = False  # a line that has been cut
     while True:
@@ -271,15 +353,15 @@ def _lines(stream: BinaryIO, source: Source | None) -> Iterator[str]:
         cut = data.rfind(b"\n") + 1 if block else len(data)
         if cut == 0:
             cut = _cut(data) if len(data) == LINE_BYTES else 0
-        lines = _decode(data[:cut], offset, source).split("\n")
+        lines = _decode(data[:cut], offset, skip)
         last = lines.pop()  # empty after a newline
         for line in lines:
-            text = line.strip()
-            if text or not inside:
+            if line is not None and ((text := line.strip()) or not inside):
                 yield text
             inside = False
-        if last := last.strip():
-            yield last
+        if last is None or (last := last.strip()):
+            if last:
+                yield last
             inside = True
         rest, offset = data[cut:], offset + cut
 
@@ -294,16 +376,20 @@ def _cut(data: bytes) -> int:
     return cut
 
 
-def _decode(data: bytes, offset: int, source: Source | None) -> str:
-    """UTF-8 without byte order mark and NULs; `offset` is where `data` begins in the file."""
+def _decode(data: bytes, offset: int, skip: Callable[[int], None] | None) -> list[str | None]:
+    """Lines without byte order mark and NULs; None for one that is not UTF-8.
+
+    `offset` is where `data` begins in the file.
+    """
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FastElectraError(
-            f"{source.path}: not UTF-8 at byte {offset + error.start}"
-            f"{' of the unpacked text' if source.compression else ''}; convert it, for example"
-            f" with `iconv -f ISO-8859-1 -t UTF-8`"
-        ) from None
-    if offset == 0:
-        text = text.removeprefix("\ufeff")
-    return text.replace("\0", "")
+        text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        return text.replace("\0", "").split("\n")
+    except UnicodeDecodeError:
+        if b"\n" not in data:
+            skip(offset)
+            return [None]
+    lines = []
+    for line in data.split(b"\n"):
+        lines += _decode(line, offset, skip)
+        offset += len(line) + 1
+    return lines

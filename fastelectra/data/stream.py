@@ -121,6 +121,8 @@ class BatchStream:
 
     def _plan(self, number: int, key: np.uint64) -> Plan:
         shard, data = self.shards[number], self.data
+        if not shard.is_sound():
+            raise FastElectraError(f"{data.path}: a shard is damaged: prepare it again")
         return make_plan(
             shard.tokens, shard.lines, data.max_length, data.mask_fraction, data.google_parity,
             self.shape, key,

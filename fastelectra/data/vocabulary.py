@@ -56,7 +56,7 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers.
     """
     spacing = SpacingTable(_normalizer(lowercase, strip_accents), pre_tokenizers.BertPreTokenizer())
-    texts = [text.translate(spacing) for text in texts]
+    texts = [text.translate(spacing).encode() for text in texts]  # in half the memory
     alphabet, inside = _characters(texts)
     if not alphabet:
         raise FastElectraError("the input has no words to train a vocabulary from")
@@ -72,18 +72,18 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     )  # fmt: skip
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(map(bytes.decode, texts), trainer)
     ids = learner.get_vocab()
     return build(sorted(ids, key=ids.get), lowercase, strip_accents)
 
 
-def _characters(texts: list[str]) -> tuple[list[str], list[str]]:
+def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
     """The most frequent characters of words, and those of them seen inside a word; sorted."""
     counts = np.zeros(sys.maxunicode + 1, np.int64)
     inside = np.zeros(len(counts), bool)
     space = ord(" ")
     for text in texts:
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        codes = np.frombuffer(text.decode().encode("utf-32-le"), np.uint32)
         counts += np.bincount(codes, minlength=len(counts))
         inside[codes[1:][codes[:-1] != space]] = True
     counts[space] = 0
@@ -182,8 +182,8 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder."""
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    """The tokenizer of a folder; FastElectraError when there is none to use."""
+    return read(folder / "tokenizer.json", lowercase=True, strip_accents=True)  # it knows itself
 
 
 def line_encoder(tokenizer: Tokenizer) -> LineEncoder:

@@ -11,7 +11,7 @@ from itertools import chain
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 LONGEST_WORD = 100  # characters of a word worth remembering
-MOST_WORDS = 1 << 20  # remembered; then forgotten, to bound memory
+MOST_WORDS = 1 << 18  # remembered; then forgotten, to bound memory
 
 
 class SpacingTable(dict):

@@ -2,14 +2,21 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastelectra.data.encoding import LINES_DTYPE, Encoded
-from fastelectra.data.shards import ShardEntry, file_sha256, shard_name
+from fastelectra.data.shards import (
+    SUFFIXES,
+    ShardEntry,
+    file_sha256,
+    sample_sha256,
+    shard_name,
+    write_durably,
+)
 
 BUFFER_BYTES = 64 << 20  # held in memory before it is written out
 
@@ -60,18 +67,18 @@ class ShardWriter:
             self._append(shard, "lines", [part.lines for part in parts])
         self._buffers, self._buffered = {}, 0
         state = {"chunks": self.chunks, "shards": [vars(counts) for counts in self._counts]}
-        aside = self._folder / "progress.new"
-        aside.write_text(json.dumps(state))
-        aside.replace(self._progress)
+        write_durably(self._progress, json.dumps(state))
 
     def finish(self) -> tuple[list[ShardEntry], dict[str, int]]:
         """Flush; the shards for the manifest, and the corpus's counts."""
         self.flush()
-        self._progress.unlink()
         entries = [
             ShardEntry(
                 split, self._name(shard), counts.documents, counts.lines, counts.tokens,
-                {suffix: file_sha256(self._file(shard, suffix)) for suffix in ("tokens", "lines")},
+                *(
+                    {suffix: checksum(self._file(shard, suffix)) for suffix in SUFFIXES}
+                    for checksum in (file_sha256, sample_sha256)
+                ),
             )
             for shard, (split, counts) in enumerate(zip(self._splits, self._counts, strict=True))
         ]  # fmt: skip
@@ -86,18 +93,22 @@ class ShardWriter:
         return self._folder / "progress.json"
 
     def _restore(self) -> None:
-        if self._progress.exists():
+        try:
             state = json.loads(self._progress.read_text())
-            self.chunks = state["chunks"]
-            self._counts = [_Counts(**counts) for counts in state["shards"]]
-        for shard, counts in enumerate(self._counts):
-            sizes = {
-                "tokens": counts.tokens * self._dtype.itemsize,
-                "lines": counts.lines * LINES_DTYPE.itemsize,
-            }
-            for suffix, size in sizes.items():
-                with open(self._file(shard, suffix), "ab") as file:
-                    file.truncate(size)
+            counts = [_Counts(**counts) for counts in state["shards"]]
+            if all(self._file(*of).stat().st_size >= size for of, size in self._sizes(counts)):
+                self.chunks, self._counts = state["chunks"], counts
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass  # nothing done yet, or nothing to rely on
+        for of, size in self._sizes(self._counts):
+            with open(self._file(*of), "ab") as file:
+                file.truncate(size)
+
+    def _sizes(self, counts: list[_Counts]) -> Iterator[tuple[tuple[int, str], int]]:
+        """(shard, suffix) and bytes of every file."""
+        for shard, of in enumerate(counts):
+            yield (shard, "tokens"), of.tokens * self._dtype.itemsize
+            yield (shard, "lines"), of.lines * LINES_DTYPE.itemsize
 
     def _append(self, shard: int, suffix: str, arrays: list[np.ndarray]) -> None:
         with open(self._file(shard, suffix), "ab") as file:

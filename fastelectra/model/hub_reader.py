@@ -1,7 +1,6 @@
 """Reads the folders that Hugging Face's `save_pretrained` writes, in our terms."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +135,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         index = folder / f"{name}.index.json"
         files = [folder / name] if (folder / name).is_file() else []
         if index.is_file():
-            files = sorted(
-                {folder / part for part in read_json(index).get("weight_map", {}).values()}
-            )
+            files = _listed_files(index)
         tensors = {}
         for file in files:
             try:
@@ -150,11 +147,28 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     raise FastElectraError(f"{folder} has no weights: expected model.safetensors")
 
 
+def _listed_files(index: Path) -> list[Path]:
+    """The files that an index lists, which lie beside it."""
+    listed = read_json(index).get("weight_map")
+    names = listed.values() if isinstance(listed, dict) else [listed]
+    if not all(
+        isinstance(name, str) and Path(name).name == name not in ("", "..") for name in names
+    ):
+        raise FastElectraError(f"{index}: weight_map must name files in the same folder")
+    return sorted({index.parent / name for name in names})
+
+
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):  # their messages fill a page
-        raise FastElectraError(f"{path} is damaged, or holds more than tensors") from None
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # of any kind, from a damaged file; their messages fill a page
+        loaded = None
+    tensors = isinstance(loaded, dict) and all(map(torch.is_tensor, loaded.values()))
+    if not tensors or not all(isinstance(name, str) for name in loaded):
+        raise FastElectraError(f"{path} is damaged, or holds more than tensors")
+    return loaded
 
 
 def _our_tensor(
@@ -179,7 +193,7 @@ def _our_tensor(
 def read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "not valid JSON"
         raise FastElectraError(f"cannot read {path}: {reason}") from None
     if not isinstance(values, dict):

@@ -5,15 +5,18 @@
         optimizer.safetensors   fp32 Adam moments: {name}.exp_avg, {name}.exp_avg_sq
         tokenizer/              the corpus's tokenizer, loadable by Hugging Face
         state.json              step, data position, configuration, fingerprint of the corpus
+        SHA256SUMS              of all these; `sha256sum -c SHA256SUMS` checks them too
 
-A folder made by `fastelectra import` is the same without optimizer.safetensors, at step 0.
-Nothing in it depends on the number of ranks, the ZeRO stage or the precision of the run.
+Several ranks write a file each, of whole tensors: model-00001-of-00008.safetensors and so on. A
+folder made by `fastelectra import` has no moments and is at step 0. What is in the tensors does not
+depend on the number of ranks, the ZeRO stage or the precision of the run.
 """
 
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,21 +25,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fastelectra.data.shards import file_sha256
 from fastelectra.errors import FastElectraError
 
 Tensors = dict[str, torch.Tensor]  # by parameter name
 
 FORMAT = 1
-KEYS = (
-    "step",
-    "position",
-    "config",
-    "vocab_size",
-    "special_tokens",
-    "fingerprint",
-)  # of state.json
-WEIGHTS, MOMENTS, STATE, TOKENIZER = (
-    "model.safetensors", "optimizer.safetensors", "state.json", "tokenizer")  # fmt: skip
+KEYS = {  # of state.json, and the type of each
+    "step": int,
+    "position": dict | None,
+    "config": dict,
+    "vocab_size": int,
+    "special_tokens": dict,
+    "fingerprint": str,
+    "skipped": int,
+}
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+STATE, TOKENIZER, SUMS = "state.json", "tokenizer", "SHA256SUMS"
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # of Adam's state
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _ASIDE = ".tmp-"  # prefix of a folder that is still being written
 
@@ -51,7 +57,7 @@ def write_folder(target: Path) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FastElectraError(f"{target} already exists: remove it or name another folder")
-    aside = target.parent / f"{_ASIDE}{target.name}"
+    aside = aside_of(target)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -63,6 +69,11 @@ def write_folder(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def aside_of(target: Path) -> Path:
+    """Where write_folder has it filled."""
+    return target.parent / f"{_ASIDE}{target.name}"
 
 
 def _open_to_others(path: Path) -> None:
@@ -85,40 +96,80 @@ def write_checkpoint(
     target: Path,
     weights: Tensors,
     tokenizer_dir: Path,
-    *,
-    step: int,
-    position: dict | None,
-    config: dict,
-    vocab_size: int,
-    special_tokens: dict[str, int],
-    fingerprint: str,
     moments: Tensors | None = None,
+    **state,
 ) -> None:
     """Write a checkpoint folder atomically; weights and moments are contiguous fp32 CPU tensors.
 
-    Raises FastElectraError (full disk, no permission, `target` exists).
+    `state` holds what KEYS lists. Raises FastElectraError (full disk, no permission, `target`
+    exists).
     """
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "position": position,
-        "config": config,
-        "vocab_size": vocab_size,
-        "special_tokens": special_tokens,
-        "fingerprint": fingerprint,
-    }
+    with reported(target), write_folder(target) as folder:
+        write_share(folder, weights, moments)
+        write_rest(folder, tokenizer_dir, state)
+
+
+@contextmanager
+def reported(target: Path) -> Iterator[None]:
+    """Raise what keeps a checkpoint from being written as a FastElectraError."""
     try:
-        with write_folder(target) as folder:
-            save_file(weights, folder / WEIGHTS)
-            if moments is not None:
-                save_file(moments, folder / MOMENTS)
-            (folder / TOKENIZER).mkdir()  # with our permissions: the corpus may be read-only
-            for file in tokenizer_dir.iterdir():
-                shutil.copyfile(file, folder / TOKENIZER / file.name)
-            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        yield
     except (OSError, SafetensorError) as error:  # the second wraps the first
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         raise FastElectraError(f"cannot write the checkpoint {target}: {reason}") from None
+
+
+def write_share(
+    folder: Path, weights: Tensors, moments: Tensors | None, rank: int = 0, world: int = 1
+) -> None:
+    """Write and sync one rank's tensors. Raises OSError or SafetensorError."""
+    part = f"-{rank + 1:05d}-of-{world:05d}" if world > 1 else ""
+    for name, tensors in ((WEIGHTS, weights), (MOMENTS, moments)):
+        if tensors is not None:
+            path = folder / name.replace(".", f"{part}.")
+            save_file(tensors, path)
+            _sync(path)
+
+
+def write_rest(folder: Path, tokenizer_dir: Path, state: dict) -> None:
+    """Write all but the tensors, checksums last. Raises OSError."""
+    (folder / TOKENIZER).mkdir()  # with our permissions: the corpus may be read-only
+    for file in tokenizer_dir.iterdir():
+        shutil.copyfile(file, folder / TOKENIZER / file.name)
+    text = json.dumps({"format": FORMAT, **state}, indent=2)
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
+    write_sums(folder)
+
+
+def write_sums(folder: Path) -> None:
+    """Write the checksums of all other files. Raises OSError."""
+    files = sorted(_files(folder).items())
+    sums = [f"{file_sha256(file)}  {name}\n" for name, file in files if name != SUMS]
+    (folder / SUMS).write_text("".join(sums), encoding="utf-8")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """The files in a folder by their names relative to it."""
+    return {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with its checksum; names in SHA256SUMS are looked up, never opened.
+
+    Raises FastElectraError naming the first file that is missing or differs.
+    """
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        files = _files(folder)
+        for name in {STATE, *sums, *(n for n in files if n.endswith(".safetensors"))}:
+            if name not in files or name not in sums:
+                raise FastElectraError(f"{folder / SUMS if name in files else folder} lacks {name}")
+            if file_sha256(files[name]) != sums[name]:
+                raise FastElectraError(f"{folder / name} does not match its checksum")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"{SUMS} is not a list of checksums"
+        raise FastElectraError(f"cannot check {folder}: {reason}") from None
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
@@ -127,32 +178,70 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run folder, oldest first."""
-    folders = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else ()
-    steps = {path: _STEP_FOLDER.fullmatch(path.name) for path in folders}
-    found = [path for path, match in steps.items() if match and _is_checkpoint(path)]
-    return sorted(found, key=lambda path: int(steps[path][1]))
+    """The complete checkpoints of a run folder, oldest first; not checked for damage."""
+    return [path for path in _step_folders(run) if _is_checkpoint(path)]
+
+
+def _step_folders(run: Path) -> list[Path]:
+    found = (run / "checkpoints").glob("step-*") if (run / "checkpoints").is_dir() else ()
+    return sorted((path for path in found if _STEP_FOLDER.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(_STEP_FOLDER.fullmatch(path.name)[1])
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return (path / STATE).is_file() and (path / WEIGHTS).is_file()
+    return (path / STATE).is_file() and (path / SUMS).is_file()
+
+
+def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
+
+    (None, {}) if there are none. Raises FastElectraError if all are damaged.
+    """
+    damaged = {}
+    for folder in reversed(_step_folders(run)):
+        try:
+            verify(folder)
+            read_state(folder)
+        except FastElectraError as error:
+            damaged[folder] = str(error)
+        else:
+            return folder, damaged
+    if damaged:
+        raise FastElectraError(
+            f"all checkpoints of {run} are damaged, the newest: {next(iter(damaged.values()))};"
+            f" put one back, or remove {run / 'checkpoints'} to start anew"
+        )
+    return None, {}
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, to make room for a good one of its step."""
+    away = folder.with_name(f"damaged-{folder.name}")
+    shutil.rmtree(away, ignore_errors=True)
+    folder.rename(away)
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint folder that `path` names: itself, or the newest complete one of a run.
+    """The checkpoint folder that `path` names: itself, or the newest undamaged one of a run.
 
-    Raises FastElectraError when there is none.
+    Warns of damaged ones that it passes over. Raises FastElectraError when there is none.
     """
     path = Path(path)
     if _is_checkpoint(path):
+        verify(path)
         return path
-    found = complete_checkpoints(path)
+    found, damaged = newest_good(path)
+    for reason in damaged.values():
+        print(f"warning: passing over a damaged checkpoint: {reason}", file=sys.stderr)
     if not found:
         raise FastElectraError(
-            f"no checkpoint in {path}: expected a folder with {WEIGHTS} and {STATE},"
+            f"no checkpoint in {path}: expected a folder with {WEIGHTS}, {STATE} and {SUMS},"
             " or a run folder with complete checkpoints"
         )
-    return found[-1]
+    return found
 
 
 def read_state(folder: Path) -> dict:
@@ -161,36 +250,48 @@ def read_state(folder: Path) -> dict:
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         form = state["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FastElectraError(f"cannot read the checkpoint's {path}: {error!r}") from None
     if form != FORMAT:
         raise FastElectraError(f"{path} has format {form}, this version reads format {FORMAT}")
-    missing = [key for key in KEYS if key not in state]
-    if missing:
-        raise FastElectraError(f"the checkpoint's {path} lacks {missing[0]}")
+    state.setdefault("skipped", 0)
+    for key, kind in KEYS.items():
+        if key not in state:
+            raise FastElectraError(f"the checkpoint's {path} lacks {key}")
+        if not isinstance(state[key], kind) or (kind is int and not 0 <= state[key] < 2**53):
+            raise FastElectraError(f"the checkpoint's {path} has no sound {key}")
     return state
 
 
 def read_weights(folder: Path) -> Tensors:
-    """fp32 weights by parameter name. Raises FastElectraError if the file is damaged."""
-    return _load_tensors(Path(folder) / WEIGHTS)
+    """fp32 weights by parameter name. Raises FastElectraError if a file is damaged."""
+    return _load_tensors(Path(folder), WEIGHTS)
 
 
 def read_moments(folder: Path) -> Tensors:
     """fp32 Adam moments by {parameter name}.exp_avg / .exp_avg_sq. Raises FastElectraError."""
-    return _load_tensors(Path(folder) / MOMENTS)
+    return _load_tensors(Path(folder), MOMENTS)
 
 
-def _load_tensors(path: Path) -> Tensors:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FastElectraError(f"cannot read {path}: {error}") from None
+def _load_tensors(folder: Path, name: str) -> Tensors:
+    """From the one file, or those of several ranks."""
+    tensors = {}
+    for path in sorted(folder.glob(name.replace(".", "-*-of-*."))) or [folder / name]:
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise FastElectraError(f"cannot read {path}: {error}") from None
+    return tensors
 
 
-def tidy(run: Path, keep_last: int) -> None:
-    """Keep the newest `keep_last` checkpoints; remove older, unfinished and incomplete ones."""
-    kept = complete_checkpoints(run)[-keep_last:]
+def tidy(run: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Keep the newest `keep_last` checkpoints and every one of a multiple of `keep_every` steps.
+
+    Other complete, unfinished and incomplete ones are removed.
+    """
+    complete = complete_checkpoints(run)
+    kept = {p for p in complete if keep_every and _step_of(p) % keep_every == 0}
+    kept.update(complete[-keep_last:])
     for path in (run / "checkpoints").glob("*"):
         ours = path.name.startswith(_ASIDE) or _STEP_FOLDER.fullmatch(path.name)
         if ours and path not in kept:

@@ -12,6 +12,7 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
+from fastelectra.kernels import dispatch
 from fastelectra.model.electra import Electra
 from fastelectra.training import launch
 from fastelectra.training.launch import Process
@@ -54,6 +55,8 @@ def plan_engine(config: Config, process: Process) -> Plan:
     user = config.deepspeed
     for key in SET_BY.keys() & user.keys():
         raise FastElectraError(f"remove deepspeed.{key}: it is set by {SET_BY[key]}")
+    if config.training.kernels == "triton" and dispatch.triton is None:
+        raise FastElectraError("training.kernels is triton: pip install triton, or set it to auto")
     accumulation = launch.accumulation(config, process)
     if user.get("gradient_accumulation_steps", accumulation) != accumulation:
         raise FastElectraError(
@@ -84,6 +87,7 @@ def plan_engine(config: Config, process: Process) -> Plan:
     if precision == "bf16" and stage > 0:  # a sum of many micro-batches in bf16 would lose bits
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3
+    graphs = graphs and "torch_autocast" not in user  # its cache of casts cannot be captured
     return Plan(section, precision, why, stage, accumulation, device, graphs)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from fastelectra.data.batch import Batch
+from fastelectra.data.batch import Batch, pinning
 from fastelectra.model.electra import Electra
 
 
@@ -51,7 +51,8 @@ class Graphs:
     def _capture(self, batch: Batch, tensors: tuple[torch.Tensor, ...]) -> None:
         module = _Tensors(self.model, self.eager, batch)
         static = tuple(tensor.clone() for tensor in tensors)
-        self.captured = torch.cuda.make_graphed_callables(module, static)
+        with pinning:  # which a thread that makes batches would do, and spoil the capture
+            self.captured = torch.cuda.make_graphed_callables(module, static)
         self.generator.manual_seed(batch.seed)  # capturing has drawn from it
         if self.accumulates:
             # a replay writes its gradients where the last one did: what adds them up gets copies

@@ -1,5 +1,6 @@
 """Being launched: by `deepspeed`, by torchrun, or as a plain process. Imports nothing heavy."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,6 +16,11 @@ from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
 
 PATIENCE = 10  # seconds that other ranks leave rank 0 to report an error and end the run
+FORWARDED = 2  # seconds within which launchers pass on a signal that a rank has had already
+LEAVE = 600  # seconds to finish a step and save when the launcher has gone
+
+stopping = threading.Event()  # set when a signal has been noted
+_started = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,24 @@ def prepare() -> Process:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
     # Threads that spin while they wait take the cores from those that work: 10 × on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _keep_memory()
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def seconds_since_start() -> float:
+    """Of this process, its imports included."""
+    return time.monotonic() - _started
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what a step frees: the next step needs it again, page by page if returned."""
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+        libc.mallopt(trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):  # another libc
+        return
 
 
 def _cores() -> int:
@@ -63,19 +86,19 @@ def _free_port() -> int:
 
 
 def _end_with_launcher(deepspeed: bool) -> None:
-    """Leave no orphans: end this process when what launched it has gone.
+    """Leave no orphans: save and end, as on SIGTERM, when what launched this process has gone.
 
     The `deepspeed` command starts deepspeed.launcher.launch, which starts the ranks; a signal to
     the first alone would leave the others running.
     """
     launcher = os.getppid()
     front = _parent_of(launcher)
-    while True:
+    while os.getppid() == launcher and not (deepspeed and _parent_of(launcher) != front):
         time.sleep(1)
-        if os.getppid() != launcher:
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif deepspeed and _parent_of(launcher) != front:
-            os.kill(launcher, signal.SIGTERM)  # it ends all its ranks
+    if not stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LEAVE)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _command_of(pid: int) -> bytes:
@@ -122,6 +145,13 @@ def one_voice(process: Process) -> Iterator[None]:
         if not process.leads:
             time.sleep(PATIENCE)
         raise
+    except RuntimeError as error:
+        if "gloo" not in str(error) and "NCCL" not in str(error):
+            raise
+        raise FastElectraError(
+            "lost the connection to another process of this run: it has ended, and what it or the"
+            " launcher printed says why"
+        ) from error
     except KeyboardInterrupt:
         if not process.leads:
             sys.exit(130)

@@ -16,13 +16,14 @@ from fastelectra.data.stream import BatchStream, Position, prefetch
 from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, portable
-from fastelectra.training.checkpoint import Tensors
 from fastelectra.training.engine import Plan, start_engine
 from fastelectra.training.flops import flops_per_token, peak_flops
 from fastelectra.training.launch import Process, micro_batches
-from fastelectra.training.metrics import Meter, collapsed
+from fastelectra.training.metrics import Meter, complaints
 from fastelectra.training.report import Report
-from fastelectra.training.resume import Start, load_weights
+from fastelectra.training.resume import Start, load_moments, load_weights
+from fastelectra.training.saver import Saver
+from fastelectra.training.stopping import Stop
 from fastelectra.training.update import Updater
 
 AHEAD = 4  # steps of batches made before they are needed
@@ -33,19 +34,20 @@ class Trainer:
 
     def __init__(self, config: Config, corpus: Corpus, process: Process, plan: Plan, start: Start):
         self.config, self.corpus, self.process, self.plan = config, corpus, process, plan
+        self.training = config.training
         self.start, self.run = start, Path(config.training.output_dir)
         self.stream, self.heldout = (self._stream(name) for name in ("train", "heldout"))
-        self.warned = False
+        self.complaints: set[str] = set()  # made at the last evaluation
         kernels.set_backend(config.training.kernels)
         torch.manual_seed(config.training.seed)
         model = Electra(config.model, corpus.vocab_size, config.objective)
         weights = load_weights(model, start.folder) if start.folder else None
+        moments = load_moments(model, start.folder) if start.resumes else None
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.engine = start_engine(model, config, plan)
         self._check_agreement()
         if start.resumes:
-            moments = checkpoint.read_moments(start.folder)
-            adam_step = portable.torch_optimizer(self.engine).adam_step(start.step)
+            adam_step = portable.torch_optimizer(self.engine).adam_step(start.step - start.skipped)
             portable.restore(self.engine, weights, moments, adam_step)
         tells_norm = plan.stage > 0 or plan.precision != "fp32"
         self.updater = Updater(self.engine, config, plan.device, tells_norm, plan.graphs)
@@ -70,35 +72,51 @@ class Trainer:
                 " must be a folder that all machines share"
             )
 
-    def train(self) -> None:
-        """Train to the last step, then evaluate and write the last checkpoint."""
-        training, process, first = self.config.training, self.process, self.start.step
-        self.report = Report(self.config, first) if process.leads else None
-        if process.leads:
-            checkpoint.tidy(self.run, training.keep_last)
+    def train(self, max_hours: float | None = None) -> None:
+        """Train to the last step, then evaluate and write the last checkpoint.
+
+        A signal, or `max_hours` since the start, end it after a step with a checkpoint of it.
+        """
+        self.report = Report(self.config, self.start.step) if self.process.leads else None
+        if self.process.leads:
+            for folder in self.start.damaged:
+                checkpoint.set_aside(folder)
+            checkpoint.tidy(self.run, self.training.keep_last, self.training.keep_every)
+        self.saver, stop = Saver(self.training, self.process), Stop(max_hours)
         self.engine.train()
+        with stop.listening():
+            stopped = self._train(stop)
+            self.saver.wait()
+        if self.report:
+            self.report.close()
+            self.process.say(stopped or f"finished; on held-out text\n{self.report.sketch()}")
+            self.process.say(f"learning curves: {self.report.picture}")
+        torch.distributed.destroy_process_group()
+
+    def _train(self, stop: Stop) -> str:
+        """The steps; returns why they ended before the last, which is mostly empty."""
+        training, first = self.training, self.start.step
         mark = self.began = time.monotonic()
         for step, (batches, position) in zip(
             range(first + 1, training.steps + 1), prefetch(self._steps(), AHEAD), strict=False
         ):
+            norm = self.updater.update(step, batches)
+            reason = stop.agreed(self.saver.failed)
             last = step == training.steps
             evaluates = last or step % training.eval_every == 0
-            saves = last or step % training.checkpoint_every == 0
+            saves = last or bool(reason) or step % training.checkpoint_every == 0
             logs = evaluates or saves or step % training.log_every == 0
-            norm = self.updater.update(step, batches, logs)
             if logs:
                 self._log(step, norm, mark)
             if evaluates:
                 self._evaluate(step)
             if saves:
-                self._save(step, position)
+                self._save(step, position, last)
+            if reason and not last:
+                return f"stopped after step {step:,}: {reason}; the same command goes on"
             if logs:
                 mark = time.monotonic()
-        if self.report:
-            self.report.close()
-            self.process.say(f"finished; on held-out text\n{self.report.sketch()}")
-            self.process.say(f"learning curves: {self.report.picture}")
-        torch.distributed.destroy_process_group()
+        return ""
 
     def _steps(self) -> Iterator[tuple[list[Batch], Position]]:
         """This rank's micro-batches of each step, and the position after it."""
@@ -109,17 +127,25 @@ class Trainer:
         for batches, position in steps:  # pinned, so that copies to the device need not wait
             yield [batch.pin_memory() for batch in batches], position
 
-    def _log(self, step: int, norm: float, mark: float) -> None:
+    def _log(self, step: int, norm: torch.Tensor | float, mark: float) -> None:
         scores = self.updater.meter.read()
-        _require_numbers(step, scores)
+        skips = self.updater.skips
+        skips.read()
+        if skips.longest >= min(self.training.max_skipped, self.training.steps - self.start.step):
+            raise FastElectraError(
+                f"up to step {step} {skips.longest} updates in a row were skipped, since their"
+                " losses or gradients were not numbers: lower optimizer.peak_lr or raise"
+                " optimizer.warmup_steps, and run the same command again"
+            )
         now = time.monotonic()
         record = {"kind": "train", "step": step, **self._with_total(scores)}
-        record |= {"lr": self.updater.learning_rate(step), "grad_norm": norm}
+        record |= {"lr": self.updater.learning_rate(step), "grad_norm": float(norm)}
+        record["skipped"] = self.start.skipped + skips.total
         record["tokens_per_second"] = scores["tokens"] / (now - mark)
         if self.peak_tokens:
             record["mfu"] = record["tokens_per_second"] / self.peak_tokens
         record["seconds_left"] = (
-            (now - self.began) / (step - self.start.step) * (self.config.training.steps - step)
+            (now - self.began) / (step - self.start.step) * (self.training.steps - step)
         )
         if self.report:
             self.report.write(record)
@@ -135,52 +161,40 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, step: int) -> None:
         process, meter = self.process, Meter()
-        batches = self.heldout.evaluation(
-            self.config.training.eval_tokens, process.rank, process.world
-        )
+        batches = self.heldout.evaluation(self.training.eval_tokens, process.rank, process.world)
         self.engine.eval()
         for batch in prefetch(batches, AHEAD):
             meter.add(self.updater.forward(batch)[1])
         self.engine.train()
         scores = meter.read()
-        _require_numbers(step, scores)
+        if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
+            raise FastElectraError(
+                f"the held-out loss is not a number at step {step}: lower optimizer.peak_lr or"
+                " raise optimizer.warmup_steps, and run the same command again"
+            )
         if self.report:
             self.report.write({"kind": "eval", "step": step, **self._with_total(scores)})
             self.report.draw()
-            self._warn_if_collapsed(step, scores)
+            self._complain(step, scores)
 
-    def _warn_if_collapsed(self, step: int, scores: dict[str, float]) -> None:
-        """Say once, each time it happens, that the discriminator has nothing but the prior."""
-        sits = step >= self.config.optimizer.warmup_steps and collapsed(scores["gain"])
-        if sits and not self.warned:
-            self.process.say(
-                f"warning: the discriminator's loss {scores['disc_loss']:.4f} is no better than"
-                f" H(fake rate) = {scores['prior_loss']:.4f}: it has learnt nothing beyond the"
-                " rate of fakes."
-                " If this lasts, lower optimizer.peak_lr or model.generator_fraction"
-            )
-        self.warned = sits
+    def _complain(self, step: int, scores: dict[str, float]) -> None:
+        """Say once, each time it begins, that a network does not learn."""
+        found = {}
+        if step >= self.config.optimizer.warmup_steps:
+            found = complaints(scores, self.corpus.vocab_size)
+        for name in found.keys() - self.complaints:
+            self.process.say(f"warning: {found[name]}")
+        self.complaints = set(found)
 
-    def _save(self, step: int, position: Position) -> None:
-        """Write a checkpoint; when rank 0 cannot, the run ends on all ranks."""
-        weights, moments = portable.gather(self.engine)
-        error = None
-        if self.process.leads:
-            try:
-                self._write(step, position, weights, moments)
-            except (FastElectraError, OSError) as caught:
-                error = caught
-        failed = torch.tensor(int(error is not None), device=self.plan.device)
-        torch.distributed.broadcast(failed, 0)
-        if error:
-            raise error
-        if failed:
-            raise FastElectraError(f"rank 0 could not write the checkpoint of step {step}")
-
-    def _write(self, step: int, position: Position, weights: Tensors, moments: Tensors) -> None:
-        checkpoint.write_checkpoint(
-            checkpoint.checkpoint_folder(self.run, step),
-            weights,
+    def _save(self, step: int, position: Position, last: bool) -> None:
+        """Begin to write a checkpoint, unless it might be one to which there is no sound way back:
+        updates are being skipped, and it is not the last, which has just been evaluated."""
+        skips = self.updater.skips
+        if skips.in_row and not last:
+            self.process.say(f"no checkpoint of step {step:,}: its update was skipped")
+            return
+        self.saver.save(
+            self.engine,
             self.corpus.tokenizer_dir,
             step=step,
             position=position.to_dict(),
@@ -188,15 +202,5 @@ class Trainer:
             vocab_size=self.corpus.vocab_size,
             special_tokens=asdict(self.corpus.special),
             fingerprint=self.corpus.fingerprint,
-            moments=moments,
-        )
-        checkpoint.tidy(self.run, self.config.training.keep_last)
-
-
-def _require_numbers(step: int, scores: dict[str, float]) -> None:
-    """End a run that has diverged, before it writes a checkpoint to go on from."""
-    if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
-        raise FastElectraError(
-            f"the loss is not a number at step {step}: lower optimizer.peak_lr or raise"
-            " optimizer.warmup_steps, and run the same command again"
+            skipped=self.start.skipped + skips.total,
         )

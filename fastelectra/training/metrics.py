@@ -6,6 +6,7 @@ import torch
 
 THRESHOLD = 512  # first histogram bin of logits ≥ 0, probability ≥ ½
 COLLAPSED = 0.02  # a discriminator that beats the prior by less has learnt nothing beyond it
+IDLE = 0.9  # of ln(vocabulary): a generator with a greater loss has not even learnt word counts
 COUNTS = ("mlm_loss", "mlm_correct", "masked", "replaced", "disc_loss", "tokens")
 
 
@@ -15,9 +16,11 @@ class Meter:
     def __init__(self):
         self._sums: torch.Tensor | None = None  # float64: counts outgrow float32
 
-    def add(self, metrics: dict[str, torch.Tensor]) -> None:
-        """Add one micro-batch's sums."""
+    def add(self, metrics: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
+        """Add one micro-batch's sums, unless `valid` [] is false."""
         flat = torch.cat([metrics[name].flatten() for name in (*COUNTS, "histogram")])
+        if valid is not None:
+            flat = flat.where(valid, 0)
         if self._sums is None:
             self._sums = torch.zeros_like(flat, dtype=torch.float64)
         self._sums += flat
@@ -29,6 +32,26 @@ class Meter:
         sums, self._sums = self._sums.cpu(), None
         counts = dict(zip(COUNTS, sums.tolist(), strict=False))
         return scores(counts, sums[len(COUNTS) :].view(2, -1))
+
+
+class Skips:
+    """Counts the updates that were skipped; waits for the device only when read."""
+
+    def __init__(self):
+        self._norms: list[torch.Tensor | float] = []  # not looked at yet
+        self.total, self.in_row, self.longest = 0, 0, 0
+
+    def add(self, norm: torch.Tensor | float) -> None:
+        """Add an update: one with a norm that is not finite was skipped."""
+        self._norms.append(norm)
+
+    def read(self) -> None:
+        """Bring up to date: `total`, `in_row` until now, and the `longest` row so far."""
+        for norm in map(float, self._norms):
+            self.in_row = 0 if math.isfinite(norm) else self.in_row + 1
+            self.total += self.in_row > 0
+            self.longest = max(self.longest, self.in_row)
+        self._norms = []
 
 
 def scores(counts: dict[str, float], histogram: torch.Tensor) -> dict[str, float]:
@@ -75,6 +98,19 @@ def area_under_curve(histogram: torch.Tensor) -> float:
     return _ratio(wins, originals.sum().item() * replaced.sum().item())
 
 
-def collapsed(gain: float) -> bool:
-    """Whether the discriminator does no better than the rate of fakes alone (ELECTRA's H(r))."""
-    return gain < COLLAPSED
+def complaints(scores: dict[str, float], vocab_size: int) -> dict[str, str]:
+    """What held-out scores say is wrong with a network after warm-up, by its name."""
+    found, chance = {}, math.log(vocab_size)
+    if scores["gain"] < COLLAPSED:
+        found["discriminator"] = (
+            f"the discriminator's loss {scores['disc_loss']:.4f} is no better than H(fake rate) ="
+            f" {scores['prior_loss']:.4f}: it has learnt nothing beyond the rate of fakes. If this"
+            " lasts, lower optimizer.peak_lr or model.generator_fraction"
+        )
+    if scores["mlm_loss"] > IDLE * chance:
+        found["generator"] = (
+            f"the generator's loss {scores['mlm_loss']:.3f} is hardly better than that of a uniform"
+            f" guess, ln(vocabulary) = {chance:.3f}: it does not learn. If this lasts, change"
+            " optimizer.peak_lr, or raise objective.generator_weight or model.generator_fraction"
+        )
+    return found

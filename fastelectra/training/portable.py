@@ -18,36 +18,47 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from fastelectra.training.checkpoint import Tensors
-
-KEYS = ("exp_avg", "exp_avg_sq")
+from fastelectra.training.checkpoint import MOMENT_KEYS, Tensors
 
 
 def gather(engine: DeepSpeedEngine) -> tuple[Tensors, Tensors]:
-    """(weights, moments) in fp32 on the host of rank 0, empty elsewhere; all ranks call it.
+    """(weights, moments): this rank's share of them, in fp32 on the host; all ranks call it.
 
-    Moments are named {parameter}.exp_avg and {parameter}.exp_avg_sq.
+    Moments are named {parameter}.exp_avg and {parameter}.exp_avg_sq. A share is about 1/ranks of
+    12 bytes a parameter; while it is put together each rank holds one whole parameter more.
     """
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
         _link_states(engine)
     read = _read_whole(engine) if stage == 0 else _read_parts
+    owners = _owners(engine)
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
         weight, *states = read(parameter)
-        if engine.global_rank == 0:
+        if engine.global_rank == owners[name]:
             weights[name] = _to_host(weight)
-            for key, state in zip(KEYS, states, strict=True):
+            for key, state in zip(MOMENT_KEYS, states, strict=True):
                 moments[f"{name}.{key}"] = _to_host(state)
     return weights, moments
 
 
+def _owners(engine: DeepSpeedEngine) -> dict[str, int]:
+    """The rank that saves each parameter, largest first to the one with least to save."""
+    sizes = {name: getattr(parameter, "ds_numel", parameter.numel())  # stage 3 has parts only
+             for name, parameter in engine.module.named_parameters()}  # fmt: skip
+    loads, owners = [0] * engine.world_size, {}
+    for name in sorted(sizes, key=sizes.get, reverse=True):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
 def restore(engine: DeepSpeedEngine, weights: Tensors, moments: Tensors, adam_step: float) -> None:
-    """Put what `gather` gave into an engine of any stage, precision and number of ranks."""
+    """Put what `gather` gave, on all ranks, into an engine of any stage, precision and world."""
     prepare = {0: _write_whole, 3: _write_shard}.get(engine.zero_optimization_stage(), _write_parts)
     write = prepare(engine, adam_step)
     for name, parameter in engine.module.named_parameters():
-        write(parameter, weights[name], {key: moments[f"{name}.{key}"] for key in KEYS})
+        write(parameter, weights[name], {key: moments[f"{name}.{key}"] for key in MOMENT_KEYS})
 
 
 def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
@@ -70,7 +81,7 @@ def _masters(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor]:
 
 def _read_whole(engine: DeepSpeedEngine):
     masters, state = _masters(engine), torch_optimizer(engine).state
-    return lambda p: [masters[p], *(state[masters[p]][key] for key in KEYS)]
+    return lambda p: [masters[p], *(state[masters[p]][key] for key in MOMENT_KEYS)]
 
 
 def _write_whole(engine: DeepSpeedEngine, adam_step: float):
@@ -87,13 +98,13 @@ def _write_whole(engine: DeepSpeedEngine, adam_step: float):
 
 def _read_parts(parameter: torch.Tensor) -> list[torch.Tensor]:
     """Stages 1 to 3: put together from all ranks."""
-    states = (safe_get_full_optimizer_state(parameter, key) for key in KEYS)
+    states = (safe_get_full_optimizer_state(parameter, key) for key in MOMENT_KEYS)
     return [safe_get_full_fp32_param(parameter), *states]
 
 
 def _fresh_states(engine: DeepSpeedEngine, buffers: list[torch.Tensor], adam_step: float) -> None:
     for buffer in buffers:
-        state = {key: torch.zeros_like(buffer) for key in KEYS}
+        state = {key: torch.zeros_like(buffer) for key in MOMENT_KEYS}
         state["step"] = torch.tensor(adam_step, device=buffer.device)
         torch_optimizer(engine).state[buffer] = state
 

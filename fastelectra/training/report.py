@@ -1,8 +1,10 @@
 """What a run tells the world: a progress line, metrics.jsonl, TensorBoard, wandb, curves.png."""
 
+import errno
 import importlib.util
 import json
 import math
+import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -49,6 +51,8 @@ class Report:
         self.picture = self._run / "curves.png"
         self._steps = config.training.steps
         self._records = _cut(self._run / "metrics.jsonl", step)
+        self._unwritten = ""  # lines for which there was no room yet
+        self._warned: set[str] = set()
         self._board = _tensorboard(self._run, step) if config.training.tensorboard else None
         self._wandb = _wandb(self._run, config) if config.training.wandb_project else None
 
@@ -58,20 +62,15 @@ class Report:
         print(line(record, self._steps), flush=True)
         record = {name: _json_value(value) for name, value in record.items()}
         self._records.append(record)
-        path = self._run / "metrics.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise FastElectraError(f"cannot write {path}: {error.strerror}") from None
+        self._unwritten += json.dumps(record) + "\n"
+        self._attempt(self._append)
         scalars = {
             f"{record['kind']}/{name}": value
             for name, value in record.items()
             if name not in ("step", "kind") and value is not None
         }
         if self._board:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, record["step"])
+            self._attempt(self._show, scalars, record["step"])
         if self._wandb:
             self._wandb.log({**scalars, "step": record["step"]})
 
@@ -79,9 +78,39 @@ class Report:
         """Draw the learning curves so far."""
         from fastelectra.training import curves  # a second of matplotlib, on this rank only
 
-        curves.draw(self._records, self.picture, f"Learning curves of {self._run.name}")
+        title = f"Learning curves of {self._run.name}"
+        self._attempt(curves.draw, self._records, self.picture, title)
         if self._board:
-            self._board.flush()
+            self._attempt(self._board.flush)
+
+    def _attempt(self, write, *arguments) -> None:
+        """Write to disk; training does not end for want of room: say so once, and try again when
+        there is more to write."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            if reason not in self._warned:
+                print(f"warning: cannot write reports to {self._run}: {reason}; training goes on",
+                      flush=True)  # fmt: skip
+            self._warned.add(reason)
+
+    def _append(self) -> None:
+        """Append what is not in metrics.jsonl yet: whole lines or nothing."""
+        with open(self._run / "metrics.jsonl", "ab", buffering=0) as file:
+            before = file.tell()
+            data = self._unwritten.encode()
+            try:
+                if file.write(data) < len(data):  # there was room for a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(before)
+                raise
+        self._unwritten = ""
+
+    def _show(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
 
     def sketch(self) -> str:
         """The held-out curves in characters, one a line, for a terminal."""
@@ -94,7 +123,7 @@ class Report:
     def close(self) -> None:
         """Finish what other programs read."""
         if self._board:
-            self._board.close()
+            self._attempt(self._board.close)
         if self._wandb:
             self._wandb.finish()
 
@@ -123,8 +152,10 @@ def train_line(record: dict, steps: int) -> str:
     ]
     if "mfu" in record:
         parts.append(f"mfu {100 * record['mfu']:.1f}%")
+    if record["skipped"]:
+        parts.append(f"skipped {record['skipped']:,}")
     parts.append(f"left {timedelta(seconds=round(record['seconds_left']))}")
-    return "  ".join(parts)
+    return "  ".join(parts).replace("nan", "–")
 
 
 def eval_line(record: dict, steps: int) -> str:
@@ -158,14 +189,14 @@ def _cut(path: Path, step: int) -> list[dict]:
     """The records up to `step`; what an interrupted run wrote beyond it is removed."""
     if not path.exists():
         return []
-    lines, records = path.read_text(encoding="utf-8").splitlines(), []
+    lines, records = path.read_text(encoding="utf-8", errors="replace").splitlines(), []
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:  # cut short when the run was
+            if record["step"] <= step:
+                records.append(record)
+        except (ValueError, TypeError, KeyError):  # cut short when the run was, or damaged
             continue
-        if record["step"] <= step:
-            records.append(record)
     _replace(path, "".join(json.dumps(r) + "\n" for r in records))
     return records
 

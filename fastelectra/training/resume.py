@@ -26,17 +26,20 @@ class Start:
     position: Position = field(default_factory=Position)  # of the next batch
     folder: Path | None = None  # checkpoint to read the weights from
     resumes: bool = False  # with optimizer state: the same run goes on
+    skipped: int = 0  # of these updates: without numbers, so not made
+    damaged: tuple[Path, ...] = ()  # newer checkpoints that cannot be used
     notes: tuple[str, ...] = ()  # what the user should know
 
 
 def find_start(config: Config, corpus: Corpus) -> Start:
-    """The newest complete checkpoint of the run, else `training.init_from`, else step 0.
+    """The newest undamaged checkpoint of the run, else `training.init_from`, else step 0.
 
-    Raises FastElectraError when the checkpoint does not fit the configuration or the corpus.
+    Raises FastElectraError when all are damaged, or the checkpoint does not fit the configuration
+    or the corpus.
     """
-    found = checkpoint.complete_checkpoints(Path(config.training.output_dir))
+    found, damaged = checkpoint.newest_good(Path(config.training.output_dir))
     if found:
-        return _resumed(found[-1], config, corpus)
+        return _resumed(found, damaged, config, corpus)
     if config.training.init_from:
         folder = checkpoint.resolve(config.training.init_from)
         _check_vocabulary(folder, corpus)
@@ -44,7 +47,7 @@ def find_start(config: Config, corpus: Corpus) -> Start:
     return Start()
 
 
-def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
+def _resumed(folder: Path, damaged: dict[Path, str], config: Config, corpus: Corpus) -> Start:
     state = checkpoint.read_state(folder)
     before = _flat(config_from_dict(state["config"], str(folder / checkpoint.STATE)).to_dict())
     now = _flat(config.to_dict())
@@ -61,10 +64,21 @@ def _resumed(folder: Path, config: Config, corpus: Corpus) -> Start:
             f"{corpus.path} was prepared with another tokenizer or other settings than the data of"
             f" {folder}: use that data, or start anew in another training.output_dir"
         )
-    notes = [f"resuming from {folder}"]
+    notes = [f"warning: passing over a damaged checkpoint: {r}" for r in damaged.values()]
+    notes += [f"resuming from {folder}"]
     notes += [f"changed: {name} from {before.get(name)} to {now.get(name)}" for name in changed]
-    position = Position.from_dict(state["position"])
-    return Start(state["step"], position, folder, resumes=True, notes=tuple(notes))
+    return Start(
+        state["step"], _position(state, folder), folder, resumes=True,
+        skipped=state["skipped"], damaged=tuple(damaged), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _position(state: dict, folder: Path) -> Position:
+    values = state["position"] or {}
+    sound = values.keys() == Position().to_dict().keys()
+    if not sound or not all(type(v) is int and 0 <= v < 2**53 for v in values.values()):
+        raise FastElectraError(f"{folder / checkpoint.STATE} has no sound position in the data")
+    return Position.from_dict(values)
 
 
 def _flat(config: dict) -> dict:
@@ -97,12 +111,26 @@ def load_weights(model: nn.Module, folder: Path) -> checkpoint.Tensors:
     """
     weights = checkpoint.read_weights(folder)
     parameters = dict(model.named_parameters())
-    for name in sorted(weights.keys() | parameters.keys()):
-        theirs, ours = (list(t[name].shape) if name in t else None for t in (weights, parameters))
-        if theirs != ours:
-            raise FastElectraError(
-                f"{folder} does not fit the model section of the config: {name} is {theirs} there"
-                f" and {ours} here"
-            )
-        parameters[name].data.copy_(weights[name])
+    _check_shapes(folder, weights, parameters)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
     return weights
+
+
+def load_moments(model: nn.Module, folder: Path) -> checkpoint.Tensors:
+    """The checkpoint's Adam moments. Raises FastElectraError as load_weights."""
+    moments = checkpoint.read_moments(folder)
+    expected = {f"{name}.{key}": parameter for name, parameter in model.named_parameters()
+                for key in checkpoint.MOMENT_KEYS}  # fmt: skip
+    _check_shapes(folder, moments, expected)
+    return moments
+
+
+def _check_shapes(folder: Path, theirs: checkpoint.Tensors, ours: checkpoint.Tensors) -> None:
+    for name in sorted(theirs.keys() | ours.keys()):
+        a, b = (list(t[name].shape) if name in t else None for t in (theirs, ours))
+        if a != b:
+            raise FastElectraError(
+                f"{folder} does not fit the model section of the config: {name} is {a} there and"
+                f" {b} here"
+            )

@@ -8,7 +8,7 @@ from fastelectra.config import Config
 from fastelectra.data.batch import Batch
 from fastelectra.training.graphs import Graphs
 from fastelectra.training.launch import micro_batches
-from fastelectra.training.metrics import Meter
+from fastelectra.training.metrics import Meter, Skips
 from fastelectra.training.schedule import learning_rate
 
 
@@ -18,7 +18,12 @@ class Updater:
     `engine` is DeepSpeed's, or has its `__call__`, `backward`, `step`, `module`, `optimizer` and
     `get_global_grad_norm`; tells_norm: whether the last one answers (at stage 0 in fp32 DeepSpeed
     does not). graphs: replay forward and backward as CUDA graphs. `meter` adds up the metrics of
-    the training batches.
+    the training batches, `skips` counts the updates that were not made.
+
+    An update whose loss or gradient norm is not a number is skipped, on all ranks: weights and
+    moments stay as they are. A loss that is none makes all gradients NaN, so that their norm, which
+    ranks share, tells. On an invalid norm DeepSpeed skips the update; at stage 0 in fp32 it does
+    not, and there the optimizer is told to, on the device.
     """
 
     def __init__(
@@ -31,32 +36,34 @@ class Updater:
     ):
         self.engine, self.config, self.device = engine, config, device
         self.tells_norm = tells_norm
-        self.meter = Meter()
+        self.meter, self.skips = Meter(), Skips()
         self.batches_per_step = micro_batches(config)
         self.generator = _default_generator(device)
         if graphs:
             accumulates = self.batches_per_step > _processes()
             engine.module.forward = Graphs(engine.module, self.generator, accumulates)
 
-    def update(self, step: int, batches: list[Batch], wants_norm: bool = False) -> float:
+    def update(self, step: int, batches: list[Batch]) -> torch.Tensor | float:
         """Update number `step` (from 1) from this rank's batches.
 
-        Returns the norm of the gradients before clipping; NaN if not wanted.
+        Returns the norm of the gradients before clipping: not finite if the update was skipped.
         """
         self._set_learning_rate(self.learning_rate(step))
         norm = None
         for number, batch in enumerate(batches, 1):
             loss, metrics = self.forward(batch)
-            self.meter.add(metrics)
+            valid = loss.detach().isfinite()
+            self.meter.add(metrics, valid)
             # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
-            self.engine.backward(loss * self.batches_per_step)
-            if wants_norm and not self.tells_norm and number == len(batches):
+            self.engine.backward(loss * torch.where(valid, float(self.batches_per_step), math.nan))
+            if not self.tells_norm and number == len(batches):
                 gradients = [p.grad for p in self.engine.module.parameters()]
                 norm = torch.nn.utils.get_total_norm(gradients)
+                self.engine.optimizer.found_inf = (~norm.isfinite()).float()
             self.engine.step()
-        if wants_norm and self.tells_norm:
-            norm = self.engine.get_global_grad_norm()
-        return math.nan if norm is None else float(norm)
+        norm = self.engine.get_global_grad_norm() if self.tells_norm else norm
+        self.skips.add(norm)
+        return norm
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The model's loss and metrics; dropout depends on the batch, not on the rank."""

@@ -11,16 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastelectra.data import sources
-from fastelectra.data.sources import Reader, find_sources
+from fastelectra.data.sources import Reader, Skipped, find_sources
 from fastelectra.errors import FastElectraError
 
 DOCUMENTS = [["The chef cooked.", "It was good."], ["Zürich, 東京 😀"], ["a", "b", "c"]]
 
 
-def read(*inputs, documents="blank-line", field="text"):
+def read(*inputs, documents="blank-line", field="text", skipped=None):
     """The documents as lists of lines."""
     result, lines = [], []
-    for line in Reader(find_sources([str(name) for name in inputs]), documents, field):
+    found = find_sources([str(name) for name in inputs])
+    for line in Reader(found, documents, field, Skipped() if skipped is None else skipped):
         if line is not None:
             assert line == line.strip() != ""
             lines.append(line)
@@ -154,30 +155,115 @@ class TestFinding:
             find_sources([str(tmp_path / name)])
 
 
-BAD = {
-    "latin.txt": (b"good\ncaf\xe9\n", "not UTF-8 at byte 8;.*iconv"),
-    "latin.txt.gz": (gzip.compress(b"good\ncaf\xe9\n"), "byte 8 of the unpacked text"),
-    "utf16.txt": ("text".encode("utf-16"), "not UTF-8 at byte 0"),
-    "cut.txt.gz": (gzip.compress(bytes(range(97, 120)) * 9)[:-9], "damaged, cut off or not gzip"),
-    "text.txt.gz": (b"plain text", "damaged, cut off or not gzip"),
-    "cut.txt.zst": (zstandard.ZstdCompressor().compress(b"abcdefgh" * 9)[:-5], "is cut off"),
-    "text.txt.zst": (b"plain text", "damaged or not zstd"),
-    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+GOOD = [["good"], ["last"]]
+DAMAGED = {  # content, what is read of it, what is said of the rest
+    "latin.txt": (b"good\ncaf\xe9\n\n\xe9 1\nlast", GOOD, ("line is not UTF-8", 2, "byte 5")),
+    "end.txt": (b"good\n\nlast\ncaf\xe9", GOOD, ("line is not UTF-8", 1, "byte 11")),
+    "latin.txt.gz": (
+        gzip.compress(b"good\n\ncaf\xe9\nlast"),
+        GOOD,
+        ("line is not UTF-8", 1, "byte of the unpacked text 6"),
+    ),
+    "utf16.txt": ("text".encode("utf-16"), [], ("line is not UTF-8", 1, "byte 0")),
+    "text.txt.gz": (b"plain text", [], ("damaged, cut off or not gzip from some place on", 1)),
+    "text.txt.zst": (b"plain text", [], ("damaged or not zstd from some place on", 1)),
+    "cut.txt.zst": (zstandard.ZstdCompressor().compress(b"abcdefgh" * 9)[:-5], [], ("cut off", 1)),
+    "broken.jsonl": (b'{"text": "good"}\n{"text": \n{"text": "last"}', GOOD,
+                     ("line is not JSON", 1, "line 2")),
+    "digits.jsonl": (b'{"text": ' + b"1" * 5000 + b"}", [], ("line is not JSON", 1, "line 1")),
+    "deep.jsonl": (b"[" * 10**5, [], ("line is not JSON", 1, "line 1")),
+    "surrogate.jsonl": (
+        rb'{"text": "\ud800"}', [], ("text is not valid Unicode", 1, "line 1")
+    ),
+    "latin.jsonl": (b'{"text": "good"}\n{"text": "\xe9"}\n{"text": "last"}', GOOD,
+                    ("line is not UTF-8", 1, "line 2")),
+    "text.parquet": (b"plain text", [], ("damaged or not Parquet from some place on", 1)),
+    "empty.parquet": (b"", [], ("damaged or not Parquet from some place on", 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_what_is_damaged_is_skipped_and_listed(name, tmp_path):
+    content, documents, (reason, count, *first) = DAMAGED[name]
+    (tmp_path / name).write_bytes(content)
+    skipped = Skipped()
+    assert read(tmp_path / name, skipped=skipped) == documents
+    (record,) = map(json.loads, skipped.to_jsonl(tmp_path).splitlines())
+    assert record == {"file": name, "reason": reason, "count": count} | (
+        {"first": first[0]} if first else {}
+    )
+
+
+def test_what_comes_before_the_damage_is_read(tmp_path):
+    whole = [[f"{number} {'x' * 60}"] for number in range(60_000)]
+    text = as_txt(whole)
+    for name, pack in (("a.txt.gz", gzip.compress), ("a.txt.zst", PACKERS[".zst"])):
+        packed = pack(text)
+        (tmp_path / name).write_bytes(packed[: len(packed) // 2])
+        skipped = Skipped()
+        documents = read(tmp_path / name, skipped=skipped)
+        assert 10_000 < len(documents) < 50_000
+        assert documents[:-1] == whole[: len(documents) - 1]
+        assert skipped.by_reason().total() == 1
+
+
+def test_a_row_of_bad_utf8_is_skipped(tmp_path):
+    texts = pyarrow.array([b"good", b"caf\xe9", b"last"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    skipped = Skipped()
+    assert read(tmp_path / "a.parquet", skipped=skipped) == GOOD
+    assert skipped.by_reason() == {"row is not UTF-8": 1}
+
+
+class TestChanging:
+    """A folder that changes between listing and reading."""
+
+    def read(self, tmp_path, change):
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text(name)
+        found, skipped = find_sources([str(tmp_path)]), Skipped()
+        change(tmp_path / "b.txt")
+        lines = [line for line in Reader(found, "blank-line", "text", skipped) if line]
+        return lines, dict(skipped.by_reason())
+
+    def test_a_file_that_vanishes(self, tmp_path):
+        lines, skipped = self.read(tmp_path, lambda file: file.unlink())
+        assert (lines, skipped) == (["a.txt"], {"No such file or directory": 1})
+
+    def test_a_file_that_grows(self, tmp_path):
+        lines, skipped = self.read(tmp_path, lambda file: file.write_text("b.txt\nmore"))
+        assert (lines, skipped) == (["a.txt", "b.txt", "more"], {"changed while it was read": 1})
+
+    def test_a_folder_in_its_place(self, tmp_path):
+        lines, skipped = self.read(tmp_path, lambda file: (file.unlink(), file.mkdir()))
+        assert (lines, skipped) == (["a.txt"], {"Is a directory": 1})
+
+    def test_a_file_that_vanishes_while_files_are_listed(self, tmp_path, monkeypatch):
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text(name)
+        below = sources._below
+
+        def vanish(folder):
+            found = below(folder)
+            (tmp_path / "b.txt").unlink(missing_ok=True)
+            return found
+
+        monkeypatch.setattr(sources, "_below", vanish)
+        assert [source.path.name for source in find_sources([str(tmp_path)])] == ["a.txt"]
+
+
+OTHER_FIELD = {
     "list.jsonl": (b"[1]\n", "line 1: no field 'text'"),
     "empty.jsonl": (b"{}\n", r"no field 'text' \(there is none\)"),
-    "digits.jsonl": (b'{"text": "a", "n": ' + b"1" * 5000 + b"}\n", "line 1: not JSON: .*digits"),
     "names.jsonl": (b'{"body": "a"}\n', r"no field 'text' \(there is body\); name it with --field"),
     "number.jsonl": (b'{"text": 5}\n', "line 1: field 'text' is not text but int"),
-    "surrogate.jsonl": (rb'{"text": "\ud800"}', "line 1: not valid Unicode"),
-    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "not UTF-8 at byte 24"),
-    "text.parquet": (b"plain text", "not readable Parquet"),
     "names.parquet": (as_parquet([["a"]]).replace(b"text", b"body"), "no column 'text'.*--field"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_named(name, tmp_path):
-    content, message = BAD[name]
+@pytest.mark.parametrize("name", OTHER_FIELD)
+def test_records_of_another_kind_are_refused(name, tmp_path):
+    content, message = OTHER_FIELD[name]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FastElectraError, match=message) as caught:
         read(tmp_path / name)
@@ -185,11 +271,12 @@ def test_what_cannot_be_read_is_named(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_jsonl_line_without_end_is_refused(tmp_path, monkeypatch):
+def test_a_jsonl_line_without_end_is_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "RECORD_BYTES", 1000)
-    (tmp_path / "text.jsonl").write_text('{"text": "%s"}' % ("x" * 1000))
-    with pytest.raises(FastElectraError, match="line 1: longer than"):
-        read(tmp_path / "text.jsonl")
+    (tmp_path / "text.jsonl").write_text('{"text": "%s"}\n{"text": "b"}\n' % ("x" * 3000))
+    skipped = Skipped()
+    assert read(tmp_path / "text.jsonl", skipped=skipped) == [["b"]]
+    assert skipped.by_reason().total() == 1
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
@@ -206,7 +293,7 @@ def test_progress_counts_the_bytes_of_the_files(tmp_path):
     for kind, write in WRITERS.items():
         (tmp_path / f"text{kind}.gz").write_bytes(gzip.compress(write(DOCUMENTS * 50)))
     found = find_sources([str(tmp_path)])
-    reader = Reader(found, "blank-line", "text")
+    reader = Reader(found, "blank-line", "text", Skipped())
     seen = [reader.bytes_read for _ in reader]
     assert seen == sorted(seen)
     assert reader.bytes_read == sum(source.size for source in found)

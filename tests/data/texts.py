@@ -1,6 +1,7 @@
-"""Real sentences, texts made of them, and the command that prepares a text."""
+"""Real sentences, texts made of them, the command that prepares a text, and what it leaves."""
 
 import random
+from pathlib import Path
 
 from fastelectra import cli, errors
 
@@ -43,3 +44,25 @@ def make_text(documents: int, seed: int = 0) -> str:
 def prepare(*arguments) -> int:
     """`fastelectra prepare`, in this process; the exit code."""
     return errors.run(cli.main, ["prepare", *map(str, arguments)])
+
+
+def files(folder) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def children(parent: int, word: str) -> list[int]:
+    """Processes below `parent` whose command line has the word."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            above = int(status.read_text().rpartition(")")[2].split()[1])
+            if above == parent and word in status.with_name("cmdline").read_text():
+                found.append(int(status.parent.name))
+        except (OSError, IndexError):
+            continue  # it has just ended
+    return found

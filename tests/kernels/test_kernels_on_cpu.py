@@ -110,7 +110,7 @@ def test_tokens_of_negligible_mass_are_never_drawn(backend, temperature):
     g = torch.Generator().manual_seed(6)
     hidden, weight = torch.randn(400, 8, generator=g), torch.randn(1_000, 8, generator=g)
     bias = torch.zeros(1_000)
-    bias[::128] = bias[127::128] = bias[-1] = -80
+    bias[::128] = bias[127::128] = bias[-1] = -70
     uniforms = 1 - 2.0**-24 * torch.arange(1, 401)
     uniforms[200:] = 2.0**-24 * torch.arange(200)
     labels = torch.zeros(400, dtype=torch.int32)
@@ -120,7 +120,7 @@ def test_tokens_of_negligible_mass_are_never_drawn(backend, temperature):
         sampled = kernels.linear_cross_entropy_sample(*inputs)[1]
     finally:
         kernels.set_backend("auto")
-    assert (bias[sampled.long()] > -80).all()
+    assert (bias[sampled.long()] > -70).all()
     exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
     kernel_cases.assert_inverse_of(exact, uniforms, sampled)
 

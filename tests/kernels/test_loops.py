@@ -1,5 +1,9 @@
 """The compiled loops that train on the CPU: as exact as PyTorch, same bits every time."""
 
+import os
+import subprocess
+import sys
+
 import kernel_cases
 import numpy as np
 import philox
@@ -194,3 +198,24 @@ def test_exponential_and_normal_distribution():
     below = np.array([cpu.normal(value)[0] for value in z])
     exact = torch.special.ndtr(torch.from_numpy(z).double()).numpy()
     assert np.abs(below - exact).max() < 3e-7
+
+
+BITS = """
+import sys
+sys.path.append(sys.argv[1])
+import hashlib, kernel_cases
+inputs = kernel_cases.make("chunked_cross_entropy", 60, 100, kernel_cases.torch.float32)
+values = kernel_cases.with_gradients(kernel_cases.operation("chunked_cross_entropy"), inputs)
+print(hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest())
+"""
+
+
+def test_loops_compiled_anew_and_from_the_cache_give_the_same_bits(tmp_path):
+    command = [sys.executable, "-c", BITS, os.path.dirname(__file__)]
+    runs = [
+        subprocess.run(command, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True,
+                       text=True, check=True).stdout
+        for _ in range(2)
+    ]  # fmt: skip
+    assert list(tmp_path.glob(".cache/fastelectra/loops/*"))
+    assert runs[0] == runs[1]

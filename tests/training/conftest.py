@@ -1,4 +1,4 @@
-"""Running the trainer in processes of its own."""
+"""Running the trainer in processes of its own, and its engine in this one."""
 
 import json
 import os
@@ -6,7 +6,14 @@ import signal
 import subprocess
 
 import pytest
-from launching import environment
+import torch
+from launching import LAUNCHED, environment, tiny_config
+
+from fastelectra.config import config_from_dict
+from fastelectra.data.batch import BatchShape
+from fastelectra.data.shards import open_corpus
+from fastelectra.data.stream import BatchStream, Position
+from fastelectra.training import launch
 
 
 @pytest.fixture
@@ -43,3 +50,27 @@ def train(start):
         return process.returncode, output
 
     return train
+
+
+@pytest.fixture(scope="session")
+def process():
+    """A process group of one: DeepSpeed survives no second."""
+    before = {name: os.environ.pop(name, None) for name in LAUNCHED}
+    yield launch.prepare()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def step_batches(corpus):
+    """The micro-batches of two steps."""
+    config = config_from_dict(tiny_config(corpus, "unused"))
+    opened = open_corpus(corpus)
+    shape = BatchShape.of(400, 64, 0.15)
+    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, 2, seed=0)
+    steps = stream.steps(Position(), 0, 0, 1)
+    return [next(steps)[0] for _ in range(2)]

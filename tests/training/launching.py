@@ -38,20 +38,20 @@ def environment() -> dict[str, str]:
 def deepspeed(processes: int) -> list[str]:
     """The launcher of the README."""
     program = str(Path(sys.executable).with_name("deepspeed"))
-    return [program, "--num_gpus", str(processes), "--master_port", _port(), str(TRAIN)]
+    return [program, "--num_gpus", str(processes), "--master_port", free_port(), str(TRAIN)]
 
 
 def torchrun(processes: int) -> list[str]:
     """PyTorch's launcher."""
     program = str(Path(sys.executable).with_name("torchrun"))
-    return [program, "--nproc_per_node", str(processes), "--master_port", _port(), str(TRAIN)]
+    return [program, "--nproc_per_node", str(processes), "--master_port", free_port(), str(TRAIN)]
 
 
 PLAIN = [sys.executable, str(TRAIN)]
 COMMAND = [sys.executable, "-m", "fastelectra.cli", "train"]
 
 
-def _port() -> str:
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

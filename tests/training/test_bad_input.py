@@ -1,15 +1,15 @@
 """What a user can get wrong: one clear line each, before anything is written."""
 
-import json
 import resource
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fastelectra.kernels import dispatch
 from launching import tiny_config
 
+from fastelectra import cli
 from fastelectra.config import config_from_dict
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
@@ -59,6 +59,13 @@ def test_the_deepspeed_section_is_checked(corpus, section, message):
         plan_engine(config_with(corpus, deepspeed=section), ALONE)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_triton_kernels_without_triton(corpus, monkeypatch):
+    monkeypatch.setattr(dispatch, "triton", None)
+    plan_engine(config_with(corpus), ALONE)
+    with pytest.raises(FastElectraError, match=r"training\.kernels is triton: pip install triton"):
+        plan_engine(config_with(corpus, training={"kernels": "triton"}), ALONE)
 
 
 def test_what_deepspeed_refuses_when_it_starts(corpus, monkeypatch):
@@ -173,18 +180,12 @@ def test_what_a_resumed_run_may_change_is_told(corpus, trained):
 
 
 def test_data_of_another_tokenizer(corpus, trained, tmp_path):
-    other = shutil.copytree(corpus, tmp_path / "other")
-    manifest = json.loads((other / "manifest.json").read_text())
-    manifest["fingerprint"] = "of another tokenizer"
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    text, other = Path(__file__).parents[1] / "texts/washington.txt", tmp_path / "other"
+    arguments = ["prepare", str(text), "--out", str(other), "--vocab-size", "1000", "--cased"]
+    assert cli.main([*arguments, "--workers", "1"]) == 0
     with pytest.raises(FastElectraError, match="was prepared with another tokenizer"):
         find_start(config_with(other, trained), open_corpus(other))
 
-    tokenizer = other / "tokenizer" / "tokenizer.json"
-    values = json.loads(tokenizer.read_text())
-    vocabulary = values["model"]["vocab"]
-    vocabulary["the"], vocabulary["of"] = vocabulary["of"], vocabulary["the"]
-    tokenizer.write_text(json.dumps(values))
     fresh = {"init_from": str(trained), "output_dir": str(tmp_path / "new")}
     find_start(config_with(corpus, training=fresh), open_corpus(corpus))
     with pytest.raises(

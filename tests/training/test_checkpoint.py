@@ -38,7 +38,8 @@ def test_what_is_written_is_read_back(tmp_path, tokenizer_dir):
         assert all(torch.equal(stored[name], read[name]) for name in stored)
     state = checkpoint.read_state(target)
     assert state == {"format": 1, "step": 1000, "position": {"shard": 3}, "config": {"model": {}},
-                     "vocab_size": 2, "special_tokens": {"pad": 0}, "fingerprint": "f"}  # fmt: skip
+                     "vocab_size": 2, "special_tokens": {"pad": 0}, "fingerprint": "f",
+                     "skipped": 0}  # fmt: skip
     assert (target / "tokenizer" / "vocab.txt").read_text() == "[PAD]\n[UNK]\n"
 
 
@@ -56,6 +57,61 @@ def test_resolve_takes_a_checkpoint_or_the_newest_complete_one_of_a_run(tmp_path
             checkpoint.resolve(nothing)
     checkpoint.tidy(run, keep_last=1)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+def test_damage_is_noticed_and_an_older_checkpoint_taken(tmp_path, tokenizer_dir, capsys):
+    run = tmp_path / "run"
+    good, *_ = write(run, 5, tokenizer_dir)
+    for step, name in enumerate(["model.safetensors", "optimizer.safetensors", "state.json",
+                                 "tokenizer/vocab.txt", "SHA256SUMS"], 10):  # fmt: skip
+        path = write(run, step, tokenizer_dir)[0] / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    (write(run, 20, tokenizer_dir)[0] / "SHA256SUMS").unlink()
+    (write(run, 21, tokenizer_dir)[0] / "SHA256SUMS").write_text("")
+    (write(run, 22, tokenizer_dir)[0] / "optimizer.safetensors").unlink()
+    found, damaged = checkpoint.newest_good(run)
+    assert found == good
+    assert [int(path.name[5:]) for path in damaged] == [22, 21, 20, 14, 13, 12, 11, 10]
+    assert damaged[checkpoint.checkpoint_folder(run, 22)].endswith("lacks optimizer.safetensors")
+    assert damaged[checkpoint.checkpoint_folder(run, 11)].endswith(
+        "step-00000011/optimizer.safetensors does not match its checksum"
+    )
+    assert checkpoint.resolve(run) == good
+    assert capsys.readouterr().err.count("warning: passing over") == 8
+    for folder in damaged:
+        checkpoint.set_aside(folder)
+    checkpoint.tidy(run, keep_last=1)
+    assert len(list((run / "checkpoints").glob("damaged-*"))) == 8
+    assert checkpoint.complete_checkpoints(run) == [good]
+    (good / "model.safetensors").write_bytes(b"")
+    with pytest.raises(
+        FastElectraError, match=r"all checkpoints of .* are damaged, the newest: /.*mo"
+    ):
+        checkpoint.newest_good(run)
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path, tokenizer_dir):
+    run = tmp_path / "run"
+    for step in range(5, 50, 5):
+        write(run, step, tokenizer_dir)
+        checkpoint.tidy(run, keep_last=2, keep_every=15)
+    kept = [int(path.name[5:]) for path in checkpoint.complete_checkpoints(run)]
+    assert kept == [15, 30, 40, 45]
+
+
+def test_shares_of_several_ranks_are_one_checkpoint(tmp_path, tokenizer_dir):
+    tensors = [{"a": torch.ones(3)}, {"b": torch.zeros(2, 2)}, {}]
+    with checkpoint.write_folder(tmp_path / "step-00000005") as folder:
+        for rank, share in enumerate(tensors):
+            checkpoint.write_share(folder, share, {f"{n}.m": t for n, t in share.items()}, rank, 3)
+        checkpoint.write_rest(folder, tokenizer_dir, {"step": 5})
+    folder = tmp_path / "step-00000005"
+    assert (folder / "model-00001-of-00003.safetensors").is_file()
+    checkpoint.verify(folder)
+    assert checkpoint.read_weights(folder).keys() == {"a", "b"}
+    assert checkpoint.read_moments(folder).keys() == {"a.m", "b.m"}
 
 
 def test_a_checkpoint_of_a_read_only_corpus_can_be_removed(tmp_path, tokenizer_dir):

@@ -10,7 +10,7 @@ from sklearn import metrics as sklearn_metrics
 from fastelectra.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
 from fastelectra.model.electra import Electra
 from fastelectra.training.flops import flops_per_token
-from fastelectra.training.metrics import area_under_curve, collapsed, entropy, scores
+from fastelectra.training.metrics import Skips, area_under_curve, complaints, entropy, scores
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
 from fastelectra.training.report import sparkline
 from fastelectra.training.schedule import learning_rate
@@ -105,9 +105,29 @@ def test_a_constant_guess_has_collapsed_and_half_the_area():
     same = torch.zeros(2, 1024)
     same[0, 300], same[1, 300] = 900, 100
     assert area_under_curve(same) == 0.5
-    assert collapsed(-0.1)
-    assert collapsed(0.019)
-    assert not collapsed(0.021)
+    well = {"gain": 0.021, "disc_loss": 0.2, "prior_loss": 0.21, "mlm_loss": 6.2}
+    assert complaints(well, 1000) == {}
+    for gain in (-0.1, 0.019):
+        found = complaints({**well, "gain": gain}, 1000)
+        assert list(found) == ["discriminator"]
+        assert "loss 0.2000 is no better than H(fake rate) = 0.2100" in found["discriminator"]
+    found = complaints({**well, "mlm_loss": 6.3}, 1000)
+    assert list(found) == ["generator"]
+    assert (
+        "6.300 is hardly better than that of a uniform guess, ln(vocabulary) = 6.908"
+        in (found["generator"])
+    )
+
+
+def test_skipped_updates_are_counted():
+    skips = Skips()
+    for norm in (1.0, math.inf, torch.tensor(math.nan), 0.0, torch.tensor(-math.inf)):
+        skips.add(norm)
+    skips.read()
+    assert (skips.total, skips.in_row, skips.longest) == (3, 1, 2)
+    skips.add(torch.tensor(2.0))
+    skips.read()
+    assert (skips.total, skips.in_row, skips.longest) == (3, 0, 2)
 
 
 @pytest.mark.parametrize(

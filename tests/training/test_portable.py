@@ -1,58 +1,12 @@
 """Weights and Adam moments go through every ZeRO stage and precision unchanged."""
 
 import copy
-import os
 
 import pytest
 import torch
-from launching import LAUNCHED, tiny_config
+from engines import PRECISIONS, engine_of
 
-from fastelectra.config import config_from_dict
-from fastelectra.data.batch import BatchShape
-from fastelectra.data.shards import open_corpus
-from fastelectra.data.stream import BatchStream, Position
-from fastelectra.model.electra import Electra
-from fastelectra.training import launch, portable
-from fastelectra.training.engine import plan_engine, start_engine
-
-
-@pytest.fixture(scope="module")
-def process():
-    """A process group of one."""
-    before = {name: os.environ.pop(name, None) for name in LAUNCHED}
-    yield launch.prepare()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-
-
-@pytest.fixture
-def step_batches(corpus):
-    """The micro-batches of two steps."""
-    config = config_from_dict(tiny_config(corpus, "unused"))
-    opened = open_corpus(corpus)
-    shape = BatchShape.of(400, 64, 0.15)
-    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, 2, seed=0)
-    steps = stream.steps(Position(), 0, 0, 1)
-    return [next(steps)[0] for _ in range(2)]
-
-
-def engine_of(process, corpus, weights, precision, stage, **optimizer):
-    config = tiny_config(corpus, "unused")
-    config["optimizer"] |= optimizer
-    config["deepspeed"] = {
-        **PRECISIONS[precision],
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
-    config = config_from_dict(config)
-    torch.manual_seed(0)
-    model = Electra(config.model, 1000, config.objective)
-    for name, value in (weights or {}).items():
-        model.get_parameter(name).data.copy_(value)
-    return start_engine(model, config, plan_engine(config, process))
+from fastelectra.training import portable
 
 
 def advance(engine, batches, lr=1e-3):
@@ -64,16 +18,6 @@ def advance(engine, batches, lr=1e-3):
         engine.backward(loss * len(batches))
         engine.step()
     return portable.gather(engine)
-
-
-PRECISIONS = {
-    "fp32": {"bf16": {"enabled": False}},
-    "bf16": {"bf16": {"enabled": True}},  # gradients are summed in fp32 from stage 1 on
-    "bf16, bf16 gradients": {
-        "bf16": {"enabled": True},
-        "data_types": {"grad_accum_dtype": "bf16"},
-    },
-}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -174,11 +174,11 @@ def test_a_hit_is_a_label_at_the_top_and_nothing_else(way):
 def test_tokens_of_negligible_mass_are_never_drawn(way, temperature):
     """Neither the first nor the last of a tile, though a sum may end below its own total."""
     hidden, weight, bias, labels, uniforms = head(64)
-    bias[::128] = bias[127::128] = bias[-1] = -80
+    bias[::128] = bias[127::128] = bias[-1] = -70
     uniforms[:] = 1 - 2.0**-24 * torch.arange(1, 65)
     uniforms[32:] = 2.0**-24 * torch.arange(32)
     sampled = kernel_cases.WAYS[way](hidden, weight, bias, labels, uniforms, temperature)[1]
-    assert (bias[sampled.long()] > -80).all()
+    assert (bias[sampled.long()] > -70).all()
     exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
     kernel_cases.assert_inverse_of(exact, uniforms, sampled)
 

@@ -91,7 +91,7 @@ def test_no_worse_than_twice_pytorchs_error(model, dtype):
         assert error <= 2 * allowed + slack * value.norm(), name
 
 
-def test_every_dropout_of_every_step_has_a_seed_of_its_own(model, monkeypatch):
+def test_every_dropout_of_every_step_has_a_seed_of_its_own(monkeypatch):
     seeds = []
 
     def noting(function, place):

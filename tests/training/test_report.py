@@ -1,0 +1,69 @@
+"""Records of a run on a disk without room: warned of once, written when there is room again."""
+
+import errno
+import json
+
+import pytest
+from launching import tiny_config
+
+from fastelectra.config import config_from_dict
+from fastelectra.training import curves
+from fastelectra.training.report import Report
+
+EVAL = {"kind": "eval", "mlm_loss": 6.0, "mlm_accuracy": 0.1, "sampled_accuracy": 0.1,
+        "disc_loss": 0.4, "prior_loss": 0.4, "gain": 0.0, "fake_rate": 0.1, "auc": 0.5,
+        "precision": 0.5, "recall": 0.5}  # fmt: skip
+
+
+@pytest.fixture
+def report(corpus, tmp_path):
+    config = config_from_dict(tiny_config(corpus, tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "eval", "step": 1}\n{"step": 2, torn\n7\n')
+    return Report(config, 5)
+
+
+def test_training_goes_on_when_logs_cannot_be_written(report, tmp_path, monkeypatch, capsys):
+    def steps():
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    path = tmp_path / "metrics.jsonl"
+    assert steps() == [1]  # damaged lines are gone
+    real, room = open, 0
+
+    class Full:
+        """A file on a disk with `room` bytes left."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def tell(self):
+            return self.file.tell()
+
+        def truncate(self, size):
+            self.file.truncate(size)
+
+        def write(self, data):
+            if not room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data[:room])
+
+    monkeypatch.setattr("builtins.open", lambda *a, **k: Full(real(*a, **k)) if a[1:] == ("ab",)
+                        else real(*a, **k))  # fmt: skip
+    monkeypatch.setattr(curves, "draw", lambda *_: Full(None).write(b""))
+    report.write({**EVAL, "step": 6})
+    report.draw()
+    room = 50  # for half a line
+    report.write({**EVAL, "step": 7})
+    assert steps() == [1]
+    room = 10_000
+    report.write({**EVAL, "step": 8})
+    assert steps() == [1, 6, 7, 8]
+    printed = capsys.readouterr().out
+    assert printed.count("warning: cannot write reports to") == 1
+    assert "No space left on device; training goes on" in printed
