@@ -60,12 +60,12 @@ throughput() { # NAME SECONDS FLAG…
 
 part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
-throughput base 100 --size base --rounds 6 --peers ours-eager natural careful --profile
-throughput small 80 --size small --rounds 6 --peers ours-eager natural careful --profile
-part tests 110 "$python" -m pytest "$repo/tests/kernels"
-throughput large 90 --size large --rounds 4 --block 10 --peers natural careful --profile
-throughput base-compiled 120 --size base --rounds 6 --peers ours-compiled careful compiled
-part kernels 100 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
+throughput base 90 --size base --rounds 5 --peers ours-eager natural careful --profile
+throughput small 70 --size small --rounds 5 --peers ours-eager natural careful --profile
+part tests 150 "$python" -m pytest "$repo/tests/kernels"
+part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
+throughput large 70 --size large --rounds 3 --block 10 --peers natural careful
+throughput base-compiled 120 --size base --rounds 5 --peers ours-compiled careful compiled
 throughput base-largest 60 --size base --rounds 1 --block 5 --peers natural careful --largest
 
 echo "== done in $SECONDS s; results in $out"

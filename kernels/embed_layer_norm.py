@@ -5,8 +5,8 @@ writes the gradient of their sum. Separate operations move three times as much. 
 are then sums of its rows in fp32: of each segment in registers, of each word and position in the
 order that a stable sort of the indices gives. The same bits every time, where scattered additions
 race. A program takes 64 sorted places, whatever their indices, and sums runs of equal ones by a
-product with zeros and ones: [MASK] alone has a run of thousands of rows, which one program would
-walk through for longer than all the rest takes.
+product with zeros and ones: [MASK] alone has a run of thousands of rows, some 45 µs (an estimate)
+for one program to walk through in a micro-batch of 16 384 tokens, beside 70 for all of the op.
 """
 
 import torch
