@@ -69,7 +69,7 @@ except ImportError:  # the loops are then never called
 
 DTYPES = (torch.float32, torch.bfloat16)
 LOG2_E = np.float32(1.4426950408889634)
-ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
+ZERO, ONE = np.float32(0), np.float32(1)
 INFINITY = np.float32(np.inf)
 
 

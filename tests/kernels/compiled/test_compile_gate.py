@@ -23,9 +23,9 @@ VOCABULARY = 30_522
 # All but the CPU's attention: on GPUs FlashAttention does it.
 OPERATIONS = {name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__}
 OPERATIONS -= {"packed_attention"}
-# (kernel and types, capability) → bytes a thread. Two numbers wait in memory for the end of a row
-# or block, outside all loops: the assembler's price for 64 and 40 registers, with which as many
-# programs again are at work on an SM.
+# (kernel and types, capability) → bytes a thread. Two numbers of fp32 kernels: in bf16, where the
+# machine code was read, the like of them wait for the end of a row, outside all loops. fp32 on such
+# a GPU is for comparisons.
 SPILLS_TOLERATED = {
     ("chunked_cross_entropy._row fp32", 90): 8,
     ("dropout_add_layer_norm._forward fp32", 90): 8,
