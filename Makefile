@@ -25,10 +25,11 @@ demo: $(VENV)/.installed
 	$(BIN)/fastelectra export $(RUN) $(RUN)/export
 	$(BIN)/fastelectra explain --model $(RUN)/export "$(SENTENCE)"
 
+# Hypothesis' profile "ci" draws the same examples each time; pytest without it draws others.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=ci
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/executed
 
 $(BIN)/python:

@@ -231,7 +231,7 @@ class Reader:
             try:
                 file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
                 yield from self._rows(source, file)
-            except (arrow.ArrowException, OSError):
+            except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
                 raise _Unreadable("damaged or not Parquet from some place on") from None
 
     def _rows(self, source: Source, file) -> Iterator[str | None]:

@@ -239,6 +239,14 @@ def test_sources_of_any_content(tmp_path_factory, data, kind, packing):
             pass
 
 
+def test_a_column_whose_name_is_not_utf8(tmp_path):
+    content = WRITERS[".parquet"](DOCUMENTS)
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"\x04text%", b"\x04\x80ext%"))
+    skipped = Skipped()
+    assert list(Reader(find_sources([str(tmp_path)]), "line", "text", skipped)) == [None]
+    assert list(skipped.by_reason().values()) == [1]
+
+
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
 def test_a_bomb_unpacks_in_bounded_memory(packing, tmp_path):
     """100 MB of nothing in a few kB: read piece by piece, and a line of it is cut."""
