@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import INFINITY, ONE, ZERO, exp2, largest, loop, narrow, widen
+from .cpu import HAS_BF16, INFINITY, ONE, ZERO, exp2, largest, loop, narrow, widen
+from .cpu_matmul import operand, set_product, take_down
 from .dispatch import fused, operation, use_triton
 from .language import LEAST_SHARE, LOG2_E, NEGLIGIBLE, jit, power_of_two, tl
 
 CHUNK = {"cuda": 2048, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
+TOKENS = 64  # whose rows of the table's gradient a loop computes at a time
 TILE = 128  # tokens of the finer level of the cumulative distribution, on the PyTorch path
 
 
@@ -171,6 +173,29 @@ def _rows_cpu(products, bias, labels, uniforms, temperature, gradients, *outputs
     cpu.run(_rows_loop, products.shape[0], *work)
 
 
+@loop
+def _table_loop(part, start, stop, products, hidden, new, d_weight, d_bias):
+    """products [m, W]ᵀ @ hidden [m, D] into d_weight[start:stop], which is new or added to."""
+    rows, width = hidden.shape
+    right = operand(hidden, rows, width)
+    take_down(right, hidden, rows, width)
+    left, total = operand(products, rows, TOKENS), operand(d_weight, TOKENS, width)
+    for first in range(start, stop, TOKENS):
+        tokens = min(TOKENS, stop - first)
+        take_down(left, products, rows, tokens, 0, first)
+        set_product(total, left, 0, True, right, 0, tokens, rows, width)
+        for i in range(tokens):
+            for j in range(width):
+                d_weight[first + i, j] = total[i, j] + (ZERO if new else d_weight[first + i, j])
+        sums = np.zeros(tokens, np.float32)
+        for i in range(rows):
+            row = products[i, first : first + tokens]
+            for j in range(tokens):
+                sums[j] += widen(row[j])
+        for j in range(tokens):
+            d_bias[first + j] += sums[j]
+
+
 def _rows_torch(products, bias, labels, uniforms, temperature, gradients, *outputs):
     """`_rows_triton` in PyTorch."""
     loss, sampled, correct = outputs
@@ -240,8 +265,9 @@ def forward(
     buffer = hidden.new_empty(min(chunk, rows), vocabulary + padding)
     buffer[:, vocabulary:] = 0
     padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
-    row_pass = _rows_torch
+    row_pass, in_pairs = _rows_torch, False
     if fused(hidden):
+        in_pairs = HAS_BF16 and hidden.dtype == torch.bfloat16 and not use_triton(hidden)
         row_pass = _rows_triton if use_triton(hidden) else _rows_cpu
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
@@ -254,6 +280,10 @@ def forward(
         )  # fmt: skip
         if gradients:
             torch.mm(products, weight, out=d_hidden[part])
+            if in_pairs:
+                table = padded, hidden[part], start == 0, d_weight, d_bias
+                cpu.run(_table_loop, vocabulary, *table)
+                continue
             _add_product(d_weight, products.t(), hidden[part], beta=int(start > 0))
             d_bias += products.sum(0, dtype=d_bias.dtype)
     return loss.sum(), sampled, correct.sum(), d_hidden, d_weight, d_bias

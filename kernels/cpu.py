@@ -25,7 +25,7 @@ OPTIONS = {
 
 try:
     import numba
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba.extending import intrinsic, overload
 
     def _cache_folder() -> str:
@@ -53,8 +53,26 @@ try:
         finally:
             numba.config.CACHE_DIR = before
 
+    class _BFloat(ir.Type):
+        """LLVM's bf16, which llvmlite has no name for."""
+
+        def _to_string(self):
+            return "bfloat"
+
+        def __eq__(self, other):
+            return isinstance(other, _BFloat)
+
+        def __hash__(self):
+            return hash(_BFloat)
+
+    BFLOAT = _BFloat()
+    # unless numba is asked to compile for another CPU than this one
+    HAS_BF16 = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and (
+        binding.get_host_cpu_features().get("avx512bf16", False)
+    )
+
 except ImportError:  # the loops are then never called
-    numba = None
+    numba = ir = BFLOAT = HAS_BF16 = None
 
     def loop(function):
         """Leave the function as it is."""
@@ -160,11 +178,24 @@ def narrow(x, like):
 def _(x, like):
     if isinstance(like.dtype, numba.types.Float):
         return lambda x, like: x
-    return lambda x, like: _round(x)
+    return lambda x, like: to_bf16(x)
+
+
+@intrinsic
+def _truncate(typing, number):
+    """fp32 to bf16 by the CPU's instruction; numbers below 2^-126 become 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], BFLOAT), ir.IntType(16))
+
+    return numba.uint16(numba.float32), generate
 
 
 @loop
-def _round(x):
+def to_bf16(x):
+    """Bits (uint16) of an fp32 number rounded to bf16."""
+    if HAS_BF16:
+        return _truncate(x)
     bits = as_bits(x)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     return np.uint16((np.uint32(0x7FC00000) if np.isnan(x) else rounded) >> np.uint32(16))
@@ -249,92 +280,3 @@ def largest(row, length):
     for j in range(length):
         top = max(top, _ordered(np.int32(as_bits(row[j]))))
     return as_float(np.uint32(_ordered(top)))
-
-
-TILE = 4, 32  # rows and columns of a product that stay in registers
-
-
-@intrinsic
-def _add_tile(typing, out, out_step, c, c_row, c_step, x, x_step, depth):
-    """out [4, 32] += c [4, depth] @ x [depth, 32]: addresses, and the bytes from row to row.
-
-    c_row, c_step: from row to row and from column to column of c. Written in LLVM's language: from
-    a loop in numba's it makes a third of the speed, because the sums go through memory.
-    """
-
-    def generate(context, builder, signature, arguments):
-        out, out_step, c, c_row, c_step, x, x_step, depth = arguments
-        number, vector, integer = ir.FloatType(), ir.VectorType(ir.FloatType(), 16), out.type
-        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16)
-        vectors = TILE[1] // 16
-
-        def pointer(kind, address, *steps):
-            for step, count in steps:
-                address = builder.add(address, builder.mul(step, count))
-            return builder.inttoptr(address, kind.as_pointer())
-
-        places = [
-            pointer(vector, out, (out_step, integer(row)), (integer(64), integer(v)))
-            for row in range(TILE[0])
-            for v in range(vectors)
-        ]
-        starts = [builder.load(place, align=4) for place in places]
-        before = builder.block
-        body, after = (builder.append_basic_block(name) for name in ("products", "stores"))
-        builder.cbranch(builder.icmp_signed(">", depth, integer(0)), body, after)
-        builder.position_at_end(body)
-        k = builder.phi(integer)
-        k.add_incoming(integer(0), before)
-        sums = [builder.phi(vector) for _ in starts]
-        parts = [
-            builder.load(pointer(vector, x, (x_step, k), (integer(64), integer(v))), align=4)
-            for v in range(vectors)
-        ]
-        ends = []
-        for row in range(TILE[0]):
-            factor = builder.load(pointer(number, c, (c_row, integer(row)), (c_step, k)))
-            lanes = builder.insert_element(vector(ir.Undefined), factor, ir.IntType(32)(0))
-            lanes = builder.shuffle_vector(lanes, lanes, first_lane)
-            for part in parts:
-                product = builder.fmul(lanes, part, flags=("contract",))
-                ends.append(builder.fadd(sums[len(ends)], product, flags=("contract",)))
-        following = builder.add(k, integer(1))
-        k.add_incoming(following, body)
-        builder.cbranch(builder.icmp_signed("<", following, depth), body, after)
-        builder.position_at_end(after)
-        results = [builder.phi(vector) for _ in starts]
-        for start, end, total, result in zip(starts, ends, sums, results, strict=True):
-            for phi in (total, result):
-                phi.add_incoming(start, before)
-                phi.add_incoming(end, body)
-        for place, result in zip(places, results, strict=True):
-            builder.store(result, place, align=4)
-        return context.get_dummy_value()
-
-    return numba.void(*[numba.int64] * 8), generate
-
-
-@loop
-def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
-    """`add_product` to zeros."""
-    out[:rows, :columns] = ZERO
-    add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
-
-
-@loop
-def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
-    """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
-
-    transposed: c[first : first + depth, :rows]ᵀ instead. Rows are taken in fours and columns in
-    32s, for which there must be room everywhere; what is beyond rows and columns means nothing.
-    """
-    item, width = c.itemsize, c.shape[1] * c.itemsize
-    c_row, c_step = (item, width) if transposed else (width, item)
-    c_address = c.ctypes.data + first * width
-    for i in range(0, rows, 4):
-        for j in range(0, columns, 32):
-            _add_tile(
-                out.ctypes.data + (i * out.shape[1] + j) * item, out.shape[1] * item,
-                c_address + i * c_row, c_row, c_step,
-                x.ctypes.data + (x_first * x.shape[1] + j) * item, x.shape[1] * item, depth,
-            )  # fmt: skip

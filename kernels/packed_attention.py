@@ -11,57 +11,41 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import (
-    INFINITY,
-    LOG2_E,
-    ONE,
-    ZERO,
+from .cpu import INFINITY, LOG2_E, ONE, ZERO, exp2, largest, loop, narrow, random_bits
+from .cpu_matmul import (
     add_product,
-    exp2,
-    largest,
-    loop,
-    narrow,
-    random_bits,
+    as_along,
+    as_down,
+    operand,
     set_product,
-    widen,
+    take_along,
+    take_down,
+    take_transposed,
 )
 from .dispatch import operation, use_loops
 
-
-@loop
-def _take(rows, x, which, first, length, head, scale):
-    """`length` rows of a head of x[:, which] from `first` on, times scale."""
-    for i in range(length):
-        for j in range(x.shape[3]):
-            rows[i, j] = widen(x[first + i, which, head, j]) * scale
+ROWS = 32  # of scores at a time
 
 
 @loop
-def _take_columns(columns, x, which, first, length, head):
-    """`_take`, transposed."""
-    for i in range(length):
-        for j in range(x.shape[3]):
-            columns[j, i] = widen(x[first + i, which, head, j])
-
-
-@loop
-def _probabilities(scores, rows, length, lse, first, head, seed, bits, threshold):
-    """Base-2 scores [rows, length] → probabilities, those to drop negative.
+def _probabilities(scores, rows, length, root, lse, first, head, seed, bits, threshold):
+    """Products of queries and keys [rows, length] → probabilities, those to drop negative.
 
     An infinite lse is computed.
     """
+    factor = root * LOG2_E
     for i in range(rows):
         row, scale = first + i, ONE
         if lse[row, head] == INFINITY:
-            top, total = largest(scores[i], length), ZERO
+            top, total = largest(scores[i], length) * factor, ZERO
             for j in range(length):
-                scores[i, j] = exp2(scores[i, j] - top)
+                scores[i, j] = exp2(scores[i, j] * factor - top)
                 total += scores[i, j]
             lse[row, head], scale = top + np.float32(np.log2(total)), ONE / total
         else:
             shift = lse[row, head]
             for j in range(length):
-                scores[i, j] = exp2(scores[i, j] - shift)
+                scores[i, j] = exp2(scores[i, j] * factor - shift)
         if threshold:
             random_bits(seed, (row * lse.shape[1] + head) * (len(bits) // 4), bits)
             for j in range(length):
@@ -72,62 +56,80 @@ def _probabilities(scores, rows, length, lse, first, head, seed, bits, threshold
 
 
 @loop
-def _room(longest, size):
-    """A buffer for so many rows and columns of a product."""
-    return np.zeros((-(-longest // 32) * 32, -(-size // 32) * 32), np.float32)
+def _write(out, x, rows, columns, first, column, scale):
+    """x[:rows, :columns] · scale into out, from a row and a column on."""
+    for i in range(rows):
+        row = out[first + i, column : column + columns]
+        for j in range(columns):
+            row[j] = narrow(x[i, j] * scale, out)
 
 
 @loop
-def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, width, threshold, scale):
-    """Heads start … stop - 1, counted over all sequences; lse [T, heads] comes in as infinity."""
-    heads, size, longest = qkv.shape[2], qkv.shape[3], np.max(np.diff(boundaries))
-    queries, values = _room(longest, size), _room(longest, size)
-    keys, p, total = _room(size, longest), _room(32, longest), _room(32, size)
-    bits = np.empty(width, np.uint32)
-    for item in range(start, stop):
-        first, head = boundaries[item // heads], item % heads
-        length = boundaries[item // heads + 1] - first
-        _take(queries, qkv, 0, first, length, head, LOG2_E / np.sqrt(np.float32(size)))
-        _take_columns(keys, qkv, 1, first, length, head)
-        _take(values, qkv, 2, first, length, head, scale)
-        for o in range(0, length, 32):
-            rows = min(32, length - o)
-            set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(p, rows, length, lse, first + o, head, seed, bits, threshold)
-            for i in range(rows):
-                for j in range(length):
-                    p[i, j] = p[i, j] if p[i, j] > ZERO else ZERO
-            set_product(total, p, 0, False, values, 0, rows, length, size)
-            for i in range(rows):
-                for j in range(size):
-                    out[first + o + i, head, j] = narrow(total[i, j], out)
+def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, threshold, scale):
+    """Heads start … stop - 1, counted over all sequences: qkv [T, 3 heads d] → out [T, heads d].
 
-
-@loop
-def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
-                   width, threshold, scale):  # fmt: skip
-    heads, size, longest = qkv.shape[2], qkv.shape[3], np.max(np.diff(boundaries))
-    queries, keys, d_outs = _room(longest, size), _room(longest, size), _room(longest, size)
-    d_keys, d_values, d_queries = _room(longest, size), _room(longest, size), _room(32, size)
-    key_columns, value_columns = _room(size, longest), _room(size, longest)
-    p, ds = _room(32, longest), _room(32, longest)
-    bits = np.empty(width, np.uint32)
+    lse [T, heads] comes in as infinity.
+    """
+    heads, longest = lse.shape[1], np.max(np.diff(boundaries))
+    width = out.shape[1]
+    size = width // heads
+    queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
+    values, room = operand(qkv, longest, size), operand(qkv, ROWS, longest)
+    p, total = operand(lse, ROWS, longest), operand(lse, ROWS, size)
+    bits = np.empty(block, np.uint32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, head = boundaries[item // heads], item % heads
         length = boundaries[item // heads + 1] - first
-        _take(queries, qkv, 0, first, length, head, LOG2_E * root)
-        _take(keys, qkv, 1, first, length, head, ONE)
-        _take(d_outs, d_out, 0, first, length, head, scale)
-        _take_columns(key_columns, qkv, 1, first, length, head)
-        _take_columns(value_columns, qkv, 2, first, length, head)
+        column = head * size
+        take_along(queries, qkv, length, size, first, column)
+        take_transposed(keys, qkv, length, size, first, width + column)
+        take_down(values, qkv, length, size, first, 2 * width + column)
+        for o in range(0, length, ROWS):
+            rows = min(ROWS, length - o)
+            set_product(p, queries, o, False, keys, 0, rows, size, length)
+            _probabilities(p, rows, length, root, lse, first + o, head, seed, bits, threshold)
+            for i in range(rows):
+                for j in range(length):
+                    p[i, j] = p[i, j] if p[i, j] > ZERO else ZERO
+            kept = as_along(room, p, rows, length)
+            set_product(total, kept, 0, False, values, 0, rows, length, size)
+            _write(out, total, rows, size, first + o, column, scale)
+
+
+@loop
+def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
+                   block, threshold, scale):  # fmt: skip
+    heads, longest = lse.shape[1], np.max(np.diff(boundaries))
+    width = d_out.shape[1]
+    size = width // heads
+    queries, queries_down = operand(qkv, longest, size), operand(qkv, longest, size)
+    keys, keys_down = operand(qkv, size, longest), operand(qkv, longest, size)
+    d_outs, d_outs_down = operand(qkv, longest, size), operand(qkv, longest, size)
+    values, room = operand(qkv, size, longest), operand(qkv, ROWS, longest)
+    d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
+    p, ds = operand(lse, ROWS, longest), operand(lse, ROWS, longest)
+    d_queries = operand(lse, ROWS, size)
+    bits = np.empty(block, np.uint32)
+    root = ONE / np.sqrt(np.float32(size))
+    for item in range(start, stop):
+        first, head = boundaries[item // heads], item % heads
+        length = boundaries[item // heads + 1] - first
+        column = head * size
+        take_along(queries, qkv, length, size, first, column)
+        take_down(queries_down, qkv, length, size, first, column)
+        take_transposed(keys, qkv, length, size, first, width + column)
+        take_down(keys_down, qkv, length, size, first, width + column)
+        take_transposed(values, qkv, length, size, first, 2 * width + column)
+        take_along(d_outs, d_out, length, size, first, column)
+        take_down(d_outs_down, d_out, length, size, first, column)
         d_keys[:length] = ZERO
         d_values[:length] = ZERO
-        for o in range(0, length, 32):
-            rows = min(32, length - o)
-            set_product(p, queries, o, False, key_columns, 0, rows, size, length)
-            _probabilities(p, rows, length, lse, first + o, head, seed, bits, threshold)
-            set_product(ds, d_outs, o, False, value_columns, 0, rows, size, length)
+        for o in range(0, length, ROWS):
+            rows = min(ROWS, length - o)
+            set_product(p, queries, o, False, keys, 0, rows, size, length)
+            _probabilities(p, rows, length, root, lse, first + o, head, seed, bits, threshold)
+            set_product(ds, d_outs, o, False, values, 0, rows, size, length)
             for i in range(rows):
                 along = ZERO
                 for j in range(length):
@@ -135,18 +137,17 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
                     along += kept * ds[i, j]
                 for j in range(length):
                     kept = p[i, j] if p[i, j] > ZERO else ZERO
-                    ds[i, j] = kept * ds[i, j] - abs(p[i, j]) * along
+                    ds[i, j] = (kept * ds[i, j] - abs(p[i, j]) * along) * scale
                     p[i, j] = kept
-            set_product(d_queries, ds, 0, False, keys, 0, rows, length, size)
-            for i in range(rows):
-                for j in range(size):
-                    d_qkv[first + o + i, 0, head, j] = narrow(d_queries[i, j] * root, d_qkv)
-            add_product(d_values, p, 0, True, d_outs, o, length, rows, size)
-            add_product(d_keys, ds, 0, True, queries, o, length, rows, size)
-        for i in range(length):
-            for j in range(size):
-                d_qkv[first + i, 1, head, j] = narrow(d_keys[i, j] / LOG2_E, d_qkv)
-                d_qkv[first + i, 2, head, j] = narrow(d_values[i, j], d_qkv)
+            left = as_along(room, ds, rows, length)
+            set_product(d_queries, left, 0, False, keys_down, 0, rows, length, size)
+            _write(d_qkv, d_queries, rows, size, first + o, column, root)
+            turned = as_down(room, ds, rows, length)
+            add_product(d_keys, turned, 0, True, queries_down, o, length, rows, size)
+            turned = as_down(room, p, rows, length)
+            add_product(d_values, turned, 0, True, d_outs_down, o, length, rows, size)
+        _write(d_qkv, d_keys, length, size, first, width + column, root)
+        _write(d_qkv, d_values, length, size, first, 2 * width + column, scale)
 
 
 @operation("packed_attention")
@@ -157,7 +158,14 @@ def forward(
     out, lse = _forward_outputs(qkv)
     lse.fill_(torch.inf)
     boundaries = boundaries.unique_consecutive()  # threads share the sequences that have rows
-    work = qkv, boundaries, cpu.seed(seed), out, lse, *_dropping(boundaries, p)
+    work = (
+        qkv.flatten(1),
+        boundaries,
+        cpu.seed(seed),
+        out.flatten(1),
+        lse,
+        *_dropping(boundaries, p),
+    )
     cpu.run(_forward_loop, _heads(qkv, boundaries), *work)
     return out, lse
 
@@ -188,7 +196,7 @@ def backward(
     """→ gradient of qkv [T, 3, heads, d]."""
     d_qkv = qkv.new_empty(qkv.shape)
     boundaries = boundaries.unique_consecutive()
-    work = d_out.unsqueeze(1), qkv, boundaries, cpu.seed(seed), lse, d_qkv
+    work = d_out.flatten(1), qkv.flatten(1), boundaries, cpu.seed(seed), lse, d_qkv.flatten(1)
     cpu.run(_backward_loop, _heads(qkv, boundaries), *work, *_dropping(boundaries, p))
     return d_qkv
 

@@ -20,10 +20,10 @@ st = hypothesis.strategies
 
 
 def packed_attention(g, rows, width):
-    """Sequences of every length from 0 up, of two heads, in `rows` rows."""
+    """Sequences of short and long lengths from 0 up, of two heads, in `rows` rows."""
     lengths, left = [], rows
     while left:
-        lengths.append(min(left, len(lengths) * 3 % 40))
+        lengths.append(min(left, len(lengths) * 17 % 90))
         left -= lengths[-1]
     qkv = torch.randn(rows, 3, 2, width, generator=g, dtype=torch.float64)
     boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
@@ -77,6 +77,19 @@ def test_any_shape(name, rows, width):
     plain = kernel_cases.with_gradients(kernel_cases.reference(name), inputs)
     for f, p in zip(loops, plain, strict=True):
         torch.testing.assert_close(f, p, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.skipif(not cpu.HAS_BF16, reason="this CPU has no avx512_bf16: all other tests do it")
+def test_without_instructions_for_bf16():
+    here = [
+        __file__ + "::test_error_is_at_most_twice_that_of_pytorch",
+        "-k",
+        "300 and dtype1 and attention",
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", *here]
+    run = subprocess.run(command, check=False, env={**os.environ, "NUMBA_CPU_NAME": "generic"},
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stdout
 
 
 @every_op
@@ -198,6 +211,14 @@ def test_exponential_and_normal_distribution():
     below = np.array([cpu.normal(value)[0] for value in z])
     exact = torch.special.ndtr(torch.from_numpy(z).double()).numpy()
     assert np.abs(below - exact).max() < 3e-7
+
+
+def test_rounding_to_bf16_is_that_of_pytorch():
+    x = torch.randn(1000) * 10.0 ** torch.randint(-30, 30, (1000,))
+    x[:4] = torch.tensor([torch.inf, -torch.inf, 0.0, 1 + 2.0**-8])
+    ours = np.array([cpu.to_bf16(value) for value in x.numpy()])
+    assert (ours == cpu.array(x.bfloat16())).all()
+    assert cpu.to_bf16(np.float32(np.nan)) & 0x7FFF > 0x7F80
 
 
 BITS = """

@@ -1,0 +1,263 @@
+"""Small matrix products inside compiled CPU loops, on operands that stay in the cache.
+
+fp32 operands are multiplied number by number. bf16 on a CPU with avx512_bf16 is multiplied in
+pairs: one instruction adds both products to an fp32 sum, which is twice as fast. An operand in
+pairs is uint32, each two neighbours of a row (`along`) or of a column (`down`); of an odd number
+the last is paired with 0. A product takes a left operand `along` and a right one `down`, both in
+the order of the dimension that it adds over; a left one that is `down` is used transposed.
+
+Operands and results have room for rows in fours and columns in 32s: what is beyond those asked for
+means nothing.
+"""
+
+import numpy as np
+
+from .cpu import (
+    BFLOAT,
+    HAS_BF16,
+    OPTIONS,
+    ZERO,
+    intrinsic,
+    ir,
+    loop,
+    numba,
+    overload,
+    to_bf16,
+    widen,
+)
+
+TILE = 4, 32  # rows and columns of a product that stay in registers
+DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+
+
+def _in_pairs(kind) -> bool:
+    """Whether an array of this numba type is an operand in pairs, or makes one."""
+    return kind.dtype == numba.uint32 or (HAS_BF16 and kind.dtype == numba.uint16)
+
+
+def operand(like, rows, columns):
+    """Room for rows and columns of an array like `like`, fp32 or bf16; zeros."""
+    raise TypeError("a function of compiled loops")
+
+
+@overload(operand, jit_options=OPTIONS)
+def _(like, rows, columns):
+    if _in_pairs(like):
+        return lambda like, rows, columns: np.zeros((_room(rows), _room(columns)), np.uint32)
+    return lambda like, rows, columns: np.zeros((_room(rows), _room(columns)), np.float32)
+
+
+@loop
+def _room(size):
+    return -(-size // 32) * 32
+
+
+def _of_kind(numbers, pairs):
+    """The function of both that fits the kind of operand."""
+
+    def chosen(operand, x, rows, columns, first=0, column=0):
+        raise TypeError("a function of compiled loops")
+
+    @overload(chosen, jit_options=OPTIONS)
+    def _(operand, x, rows, columns, first=0, column=0):
+        return pairs if _in_pairs(operand) else numbers
+
+    return chosen
+
+
+@loop
+def _pair(low, high):
+    return np.uint32(low) | (np.uint32(high) << np.uint32(16))
+
+
+def _copy(operand, x, rows, columns, first=0, column=0):
+    for i in range(rows):
+        row = x[first + i, column : column + columns]
+        for j in range(columns):
+            operand[i, j] = widen(row[j])
+
+
+def _copy_transposed(operand, x, rows, columns, first=0, column=0):
+    for block in range(0, rows, 16):  # whose rows are then fetched from memory at the same time
+        part = x[first + block : first + min(block + 16, rows), column : column + columns]
+        for j in range(columns):
+            for i in range(len(part)):
+                operand[j, block + i] = widen(part[i, j])
+
+
+def _pair_along(operand, x, rows, columns, first=0, column=0):
+    for i in range(rows):
+        row = x[first + i, column : column + columns]
+        for j in range(columns // 2):
+            operand[i, j] = _pair(row[2 * j], row[2 * j + 1])
+        if columns % 2:
+            operand[i, columns // 2] = row[columns - 1]
+
+
+def _pair_along_transposed(operand, x, rows, columns, first=0, column=0):
+    for block in range(0, rows, 16):  # as in _copy_transposed
+        part = x[first + block : first + min(block + 16, rows), column : column + columns]
+        for j in range(columns // 2):
+            for i in range(len(part)):
+                operand[j, block + i] = _pair(part[i, 2 * j], part[i, 2 * j + 1])
+        if columns % 2:
+            for i in range(len(part)):
+                operand[columns // 2, block + i] = part[i, columns - 1]
+
+
+def _pair_down(operand, x, rows, columns, first=0, column=0):
+    for i in range(rows // 2):
+        low = x[first + 2 * i, column : column + columns]
+        high = x[first + 2 * i + 1, column : column + columns]
+        for j in range(columns):
+            operand[i, j] = _pair(low[j], high[j])
+    if rows % 2:
+        low = x[first + rows - 1, column : column + columns]
+        for j in range(columns):
+            operand[rows // 2, j] = low[j]
+
+
+def _same(operand, x, rows, columns, first=0, column=0):
+    return x
+
+
+def _narrowed_along(operand, x, rows, columns, first=0, column=0):
+    for i in range(rows):
+        for j in range(columns // 2):
+            operand[i, j] = _pair(to_bf16(x[i, 2 * j]), to_bf16(x[i, 2 * j + 1]))
+        if columns % 2:
+            operand[i, columns // 2] = to_bf16(x[i, columns - 1])
+    return operand
+
+
+def _narrowed_down(operand, x, rows, columns, first=0, column=0):
+    for i in range(rows // 2):
+        for j in range(columns):
+            operand[i, j] = _pair(to_bf16(x[2 * i, j]), to_bf16(x[2 * i + 1, j]))
+    if rows % 2:
+        for j in range(columns):
+            operand[rows // 2, j] = to_bf16(x[rows - 1, j])
+    return operand
+
+
+# Fill an operand with rows of x from `first` on, and columns from `column` on; x is like the array
+# that the operand was made for.
+take_along = _of_kind(_copy, _pair_along)
+take_down = _of_kind(_copy, _pair_down)
+take_transposed = _of_kind(_copy_transposed, _pair_along_transposed)  # of x; `down`
+# x[:rows, :columns] in fp32 as an operand: x itself, or the given one filled with it
+as_along = _of_kind(_same, _narrowed_along)
+as_down = _of_kind(_same, _narrowed_down)
+
+
+@intrinsic
+def _add_tile(typing, kind, out, out_step, c, c_row, c_step, x, x_step, depth):
+    """out [4, 32] += c [4, depth] @ x [depth, 32]: addresses, and the bytes from row to row.
+
+    kind: an operand, for its type. c_row, c_step: from row to row and from column to column of c.
+    Written in LLVM's language: from a loop in numba's it makes a third of the speed, because the
+    sums go through memory.
+    """
+    pairs = _in_pairs(kind)
+
+    def generate(context, builder, signature, arguments):
+        _, out, out_step, c, c_row, c_step, x, x_step, depth = arguments
+        integer, vector = out.type, ir.VectorType(ir.FloatType(), 16)
+        number = ir.IntType(32) if pairs else ir.FloatType()
+        numbers = ir.VectorType(number, 16)
+        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), 16), [0] * 16)
+        vectors = TILE[1] // 16
+
+        def multiply_add(total, a, b):
+            if not pairs:
+                product = builder.fmul(a, b, flags=("contract",))
+                return builder.fadd(total, product, flags=("contract",))
+            halves = ir.VectorType(BFLOAT, 32)
+            function = builder.module.globals.get(DOT) or ir.Function(
+                builder.module, ir.FunctionType(vector, [vector, halves, halves]), DOT
+            )
+            operands = (builder.bitcast(value, halves) for value in (a, b))
+            return builder.call(function, [total, *operands])
+
+        def pointer(kind, address, *steps):
+            for step, count in steps:
+                address = builder.add(address, builder.mul(step, count))
+            return builder.inttoptr(address, kind.as_pointer())
+
+        places = [
+            pointer(vector, out, (out_step, integer(row)), (integer(64), integer(v)))
+            for row in range(TILE[0])
+            for v in range(vectors)
+        ]
+        starts = [builder.load(place, align=4) for place in places]
+        before = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("products", "stores"))
+        builder.cbranch(builder.icmp_signed(">", depth, integer(0)), body, after)
+        builder.position_at_end(body)
+        k = builder.phi(integer)
+        k.add_incoming(integer(0), before)
+        sums = [builder.phi(vector) for _ in starts]
+        parts = [
+            builder.load(pointer(numbers, x, (x_step, k), (integer(64), integer(v))), align=4)
+            for v in range(vectors)
+        ]
+        ends = []
+        for row in range(TILE[0]):
+            factor = builder.load(pointer(number, c, (c_row, integer(row)), (c_step, k)), align=4)
+            lanes = builder.insert_element(numbers(ir.Undefined), factor, ir.IntType(32)(0))
+            lanes = builder.shuffle_vector(lanes, lanes, first_lane)
+            for part in parts:
+                ends.append(multiply_add(sums[len(ends)], lanes, part))
+        following = builder.add(k, integer(1))
+        k.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, depth), body, after)
+        builder.position_at_end(after)
+        results = [builder.phi(vector) for _ in starts]
+        for start, end, total, result in zip(starts, ends, sums, results, strict=True):
+            for phi in (total, result):
+                phi.add_incoming(start, before)
+                phi.add_incoming(end, body)
+        for place, result in zip(places, results, strict=True):
+            builder.store(result, place, align=4)
+        return context.get_dummy_value()
+
+    return numba.void(kind, *[numba.int64] * 8), generate
+
+
+@loop
+def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
+    """`add_product` to zeros."""
+    out[:rows, :columns] = ZERO
+    add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
+
+
+@loop
+def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
+    """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
+
+    transposed: c[first : first + depth, :rows]ᵀ instead, where c is `down`. out is fp32; x_first is
+    even.
+    """
+    item, width = c.itemsize, c.shape[1] * c.itemsize
+    c_row, c_step = (item, width) if transposed else (width, item)
+    c_address = c.ctypes.data + first * width
+    x_address = x.ctypes.data + _depth(x, x_first) * x.shape[1] * item
+    for j in range(0, columns, TILE[1]):
+        for i in range(0, rows, TILE[0]):
+            _add_tile(
+                c, out.ctypes.data + (i * out.shape[1] + j) * item, out.shape[1] * item,
+                c_address + i * c_row, c_row, c_step,
+                x_address + j * item, x.shape[1] * item, _depth(x, depth),
+            )  # fmt: skip
+
+
+def _depth(operand, size):
+    """How many numbers, or pairs of them, that are."""
+    raise TypeError("a function of compiled loops")
+
+
+@overload(_depth, jit_options=OPTIONS)
+def _(operand, size):
+    if _in_pairs(operand):
+        return lambda operand, size: (size + 1) // 2
+    return lambda operand, size: size
