@@ -27,6 +27,8 @@ setup(
         "numba>=0.61",
         "numpy>=1.26",
         "matplotlib>=3.8",
+        "scipy>=1.11",
+        "scikit-learn>=1.4",
         "triton>=3.6,<3.9; sys_platform == 'linux'",
     ],
     extras_require={
@@ -34,8 +36,6 @@ setup(
             "transformers>=5.0",
             "pytest>=8",
             "hypothesis>=6.100",
-            "scipy>=1.11",
-            "scikit-learn>=1.4",
             "ruff>=0.9",
             "pyarrow>=15",
             "zstandard>=0.22",

@@ -10,6 +10,8 @@ from fastelectra import __version__, errors
 COMMANDS = {  # name: (module, function that adds its arguments, function that runs it, help)
     "prepare": ("data.prepare", "add_arguments", "run", "turn text into token shards"),
     "train": ("train", "add_arguments", "run", "pre-train in this process (see also: deepspeed)"),
+    "finetune": ("tasks.finetune", "add_arguments", "run", "fine-tune on one task"),
+    "glue": ("tasks.finetune", "add_glue_arguments", "run_glue", "fine-tune on all tasks of GLUE"),
     "explain": ("explain", "add_arguments", "run", "show what both networks make of a sentence"),
     "export": ("hub", "add_export_arguments", "run_export", "write Hugging Face checkpoints"),
     "import": ("hub", "add_import_arguments", "run_import", "start from Hugging Face checkpoints"),

@@ -199,3 +199,20 @@ def read_json(path: Path) -> dict:
     if not isinstance(values, dict):
         raise FastElectraError(f"{path} is not a JSON object")
     return values
+
+
+def read_encoder(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
+    """Sizes, vocabulary size and tensors of any Electra model, whatever its head; the encoder's
+    names begin with `electra.`, as those of a bare ElectraModel do not in its file."""
+    config, tensors = _read_hub_config(folder), _read_tensors(folder)
+    if "embeddings.word_embeddings.weight" in tensors:
+        tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
+    network = {"discriminator": folder}, {"discriminator": config}
+    return *_model_config(*network, fraction=1.0), tensors
+
+
+def encoder_tensor(
+    name: str, shape: torch.Size, folder: Path, tensors: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """Our parameter `name` of what read_encoder gave, in fp32. Raises FastElectraError."""
+    return _our_tensor(name, shape, folder, tensors)

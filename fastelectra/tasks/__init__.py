@@ -1,0 +1,1 @@
+"""Fine-tuning: one table of tasks, one loop, one set of metrics."""

@@ -1,0 +1,281 @@
+"""A task's runs, one a seed, and what is left of them on disk.
+
+    OUT/results.json        scores of each seed, median and spread, settings
+    OUT/seed-0/             result.json, predictions for each set (dev.tsv, test.tsv …)
+    OUT/model/              the seed with the best dev score, for Hugging Face
+    OUT/submission/         its predictions for the GLUE server
+
+(`fastelectra glue` has all but the last for each task, in OUT/TASK/.)
+
+A finished seed is not run again by the same command. Several processes share the seeds.
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import torch
+
+from fastelectra.data import vocabulary
+from fastelectra.errors import FastElectraError
+from fastelectra.tasks import metrics, packing, pretrained, reading
+from fastelectra.tasks.loop import Settings, predict, train
+from fastelectra.tasks.pretrained import MODEL, Pretrained
+from fastelectra.tasks.reading import Split
+from fastelectra.tasks.table import MAX_LENGTH, Task, recipe_of
+from fastelectra.training import checkpoint
+from fastelectra.training.launch import Process
+
+RESULT, RESULTS = "result.json", "results.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    model: str
+    data: str
+    submission: Path  # folder for the GLUE server's files
+    seeds: int
+    lr: float | None
+    epochs: int | None
+    layer_decay: str  # google | plain
+
+
+class Runs:
+    """All seeds of one task."""
+
+    def __init__(
+        self, task: Task, start: Pretrained, options: Options, out: Path, device: torch.device
+    ):
+        self.start, self.options, self.out, self.device = start, options, out, device
+        self.task, self.splits = reading.read_task(task, options.data)
+        outputs = len(self.task.labels) or 1
+        if outputs > pretrained.most_outputs(start.model):
+            raise FastElectraError(
+                f"{task.name} has {outputs} labels; with a hidden size of {start.model.hidden_size}"
+                f" a model can have {pretrained.most_outputs(start.model)}"
+            )
+        recipe = recipe_of(start.model.hidden_size)
+        self.settings = Settings(
+            size=recipe.size,
+            lr=options.lr or recipe.lr,
+            layer_decay=recipe.layer_decay,
+            decay_convention=options.layer_decay,
+            epochs=options.epochs or task.epochs,
+            max_length=min(MAX_LENGTH, start.model.max_positions),
+            precision=precision(device),
+        )
+        self.identity = {
+            "task": task.name,
+            "settings": asdict(self.settings),
+            "weights": _fingerprint(start.weights),
+            "data": {name: _fingerprint_of_split(split) for name, split in self.splits.items()},
+        }
+
+    @cached_property
+    def examples(self) -> dict[str, list[packing.Example]]:
+        """Of each split; those for training twice, the second time swapped, if that is the task."""
+        texts = {name: split.texts for name, split in self.splits.items()}
+        if self._doubled:
+            texts["train"] = texts["train"] + [(b, a) for a, b in texts["train"]]
+        encoder = vocabulary.line_encoder(self.start.tokenizer)
+        return {
+            name: packing.encode(encoder, self.start.special, pairs, self.settings.max_length)
+            for name, pairs in texts.items()
+        }
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those asked for, and those of earlier commands."""
+        found = (re.fullmatch(r"seed-(\d+)", path.name) for path in self.out.glob("seed-*"))
+        return sorted({*range(self.options.seeds), *(int(match[1]) for match in found if match)})
+
+    def is_done(self, seed: int) -> bool:
+        """Whether this seed was run before. FastElectraError if it was, with other settings."""
+        path = self._folder(seed) / RESULT
+        if not path.parent.exists():
+            return False
+        found = pretrained.read_json(path)
+        for key, value in self.identity.items():
+            if found.get(key) != value:
+                raise FastElectraError(
+                    f"{path.parent} was made with {_difference(key, found.get(key), value)}: name"
+                    " another --out, or remove that folder"
+                )
+        return True
+
+    def run(self, seed: int, say) -> None:
+        """Fine-tune, predict, and write the seed's folder: whole or not at all."""
+        began = time.monotonic()
+        classifier = self.start.classifier(len(self.task.labels) or 1, seed).to(self.device)
+        labels = self.splits["train"].labels * (2 if self._doubled else 1)
+        weights = train(classifier, self.examples["train"], labels, self.settings, seed, say)
+        scores = {}
+        target = self._folder(seed)
+        with checkpoint.reported(target), checkpoint.write_folder(target) as folder:
+            for name, split in self.splits.items():
+                if name != "train":
+                    outputs = predict(weights.model, self.examples[name], self.settings.max_length)
+                    if split.labels is not None:
+                        scores[name] = metrics.score(self.task, outputs, split.labels)
+                    write_predictions(folder / f"{name}.tsv", self.task, split, outputs)
+            pretrained.write(folder / MODEL, classifier, self.start, self.task)
+            result = {**self.identity, "seed": seed, "scores": scores,
+                      "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
+            _write_json(folder / RESULT, result)
+        say(f"{_percent(scores['dev'])}  in {result['seconds']:.0f} s")
+
+    def finish(self) -> dict:
+        """Sum up all seeds, keep the best model, write the submission; returns results.json."""
+        found = [pretrained.read_json(self._folder(seed) / RESULT) for seed in self.seeds]
+        metric = self.task.metrics[0]
+        best = max(found, key=lambda run: run["scores"]["dev"][metric])["seed"]
+        kept = self._folder(best) / MODEL
+        if kept.is_dir():  # else it was moved by an earlier command
+            shutil.rmtree(self.out / MODEL, ignore_errors=True)
+            kept.rename(self.out / MODEL)
+        for run in found:
+            shutil.rmtree(self._folder(run["seed"]) / MODEL, ignore_errors=True)
+        write_submission(self.options.submission, self.task, self._folder(best), self.splits)
+        results = {
+            "task": self.task.name,
+            "metric": metric,
+            "model": self.options.model,
+            "data_folder": self.options.data,
+            **{key: self.identity[key] for key in ("settings", "weights", "data")},
+            "examples": {name: len(split.texts) for name, split in self.splits.items()},
+            "runs": [{"seed": run["seed"], **run["scores"], "seconds": run["seconds"]}
+                     for run in found],
+            **metrics.summarize([run["scores"] for run in found]),
+            "best_seed": best,
+        }  # fmt: skip
+        _write_json(self.out / RESULTS, results)
+        return results
+
+    def _folder(self, seed: int) -> Path:
+        return self.out / f"seed-{seed}"
+
+    @property
+    def _doubled(self) -> bool:
+        return self.task.symmetric and len(self.task.texts) == 2
+
+
+def predict_with(task: Task, start: Pretrained, options: Options, out: Path, device) -> None:
+    """A task without training data (AX): predictions of a fine-tuned model, and a submission."""
+    task, splits = reading.read_task(task, options.data)
+    names = pretrained.class_names(start.folder) if start.head else ()
+    if set(names) != set(task.labels):
+        raise FastElectraError(
+            f"--task {task.name} is predicted with the model of {task.uses}: --model is to name"
+            f" what `fastelectra finetune --task {task.uses}` wrote, not {start.folder}"
+        )
+    task = replace(task, labels=names)
+    length = min(MAX_LENGTH, start.model.max_positions)
+    classifier = start.classifier(len(names), 0).to(device)
+    encoder = vocabulary.line_encoder(start.tokenizer)
+    examples = packing.encode(encoder, start.special, splits["test"].texts, length)
+    outputs = predict(classifier, examples, length)
+    out.mkdir(parents=True, exist_ok=True)
+    write_predictions(out / "test.tsv", task, splits["test"], outputs)
+    write_submission(options.submission, task, out, splits)
+
+
+def precision(device: torch.device) -> str:
+    """bf16 where the hardware is fast at it, as in pre-training."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bf16" if fast else "fp32"
+
+
+def write_predictions(path: Path, task: Task, split: Split, outputs: np.ndarray) -> None:
+    """index, prediction and, where it is known, label."""
+    predicted = [_word(task, value) for value in metrics.decide(task, outputs)]
+    lines = ["index\tprediction" + ("" if split.labels is None else "\tlabel")]
+    for place, (number, word) in enumerate(zip(split.ids, predicted, strict=True)):
+        known = "" if split.labels is None else f"\t{_word(task, split.labels[place])}"
+        lines.append(f"{number}\t{word}{known}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _word(task: Task, value: float) -> str:
+    if task.labels:
+        return task.labels[int(value)]
+    return f"{float(value) * task.scale:.5g}"
+
+
+def write_submission(folder: Path, task: Task, predictions: Path, splits: dict[str, Split]) -> None:
+    """The server's files: index and prediction; scores of STS-B within 0 and 5."""
+    for split, name in task.submission.items():
+        if split not in splits:
+            continue
+        lines = ["index\tprediction"]
+        for line in (predictions / f"{split}.tsv").read_text(encoding="utf-8").splitlines()[1:]:
+            number, word, *_ = line.split("\t")
+            if not task.labels:
+                word = f"{min(task.scale, max(0.0, float(word))):.3f}"
+            lines.append(f"{number}\t{word}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _percent(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
+
+
+def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
+    crc = 0
+    for name in sorted(weights):
+        crc = crc32(weights[name].contiguous().numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _fingerprint_of_split(split: Split) -> str:
+    return f"{crc32(repr((split.texts, split.labels)).encode('utf-8', 'replace')):08x}"
+
+
+def _difference(key: str, before, now) -> str:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            if before.get(name) != now.get(name):
+                return f"{key}.{name} = {before.get(name)}, now it is {now.get(name)}"
+    return f"{key} = {before}, now it is {now}"
+
+
+def _write_json(path: Path, values: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def run_all(tasks: Sequence[Runs], process: Process) -> None:
+    """Run what is not done yet; processes take turns, and wait for each other at the end."""
+    for runs in tasks:
+        runs.out.mkdir(parents=True, exist_ok=True)
+    # what was done is checked before anything is run
+    jobs = [(runs, seed, runs.is_done(seed)) for runs in tasks for seed in runs.seeds]
+    if process.world > 1:
+        torch.distributed.barrier()  # all have seen the same
+    for runs, seed, is_done in jobs[process.rank :: process.world]:
+
+        def say(text: str, title: str = f"{runs.task.name} seed {seed}") -> None:
+            sys.stdout.write(f"{title}  {text}\n")  # at once: lines of other processes come between
+            sys.stdout.flush()
+
+        if is_done:
+            say("done before")
+        else:
+            runs.run(seed, say)
+    if process.world > 1:
+        torch.distributed.barrier()
