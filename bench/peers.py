@@ -114,11 +114,23 @@ class Pair(torch.nn.Module):
             probabilities = F.softmax(output.logits.detach()[chosen].float(), -1)
             corrupted = batch.tokens.clone()
             corrupted[chosen] = torch.multinomial(probabilities, 1).squeeze(-1)
-        labels = (corrupted != batch.tokens).long()
-        disc_loss = self.discriminator(corrupted, labels=labels, **inputs).loss
+        if self.gathers:
+            disc_loss = self._detection_loss(batch, corrupted, inputs)
+        else:
+            labels = (corrupted != batch.tokens).long()
+            disc_loss = self.discriminator(corrupted, labels=labels, **inputs).loss
         weights = self.objective
         total = weights.generator_weight * mlm_loss + weights.discriminator_weight * disc_loss
         return total, mlm_loss.detach(), disc_loss.detach()
+
+    def _detection_loss(self, batch: Padded, corrupted: torch.Tensor, inputs: dict) -> torch.Tensor:
+        """As transformers', whose selection of real tokens torch.compile cannot follow."""
+        logits = self.discriminator(corrupted, **inputs).logits.float()
+        replaced = (corrupted != batch.tokens).float()
+        losses = F.binary_cross_entropy_with_logits(logits, replaced, reduction="none")
+        return (
+            losses.mean() if batch.mask is None else (losses * batch.mask).sum() / batch.mask.sum()
+        )
 
     def _gathered(self, batch: Padded, inputs: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """The generator's loss, and its logits [M, V] at the chosen positions."""

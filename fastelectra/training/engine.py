@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: its section of the configuration checked, completed, and started."""
+"""The engine: DeepSpeed's section of the configuration checked and completed, and one started."""
 
 import difflib
 import json
@@ -17,6 +17,7 @@ from fastelectra.model.electra import Electra
 from fastelectra.training import launch
 from fastelectra.training.launch import Process
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
+from fastelectra.training.plain import PlainEngine
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
@@ -39,11 +40,12 @@ PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")  # keys by which a u
 
 @dataclass(frozen=True)
 class Plan:
-    """What DeepSpeed is asked for."""
+    """What engine a run has, and what DeepSpeed is asked for."""
 
     section: dict  # the complete DeepSpeed configuration
     precision: str  # bf16, fp16 or fp32
     why: str  # this precision
+    plain: bool  # one process that asks DeepSpeed for nothing does without it
     stage: int  # of ZeRO
     accumulation: int  # micro-batches of one rank in one step
     device: torch.device
@@ -88,11 +90,22 @@ def plan_engine(config: Config, process: Process) -> Plan:
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3
     graphs = graphs and "torch_autocast" not in user  # its cache of casts cannot be captured
-    return Plan(section, precision, why, stage, accumulation, device, graphs)
+    plain = process.world == 1 and precision != "fp16" and not _asks_for_more(user)
+    stage = 0 if plain else stage
+    return Plan(section, precision, why, plain, stage, accumulation, device, graphs)
 
 
-def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSpeedEngine:
-    """Join the other ranks and hand the model to DeepSpeed.
+def _asks_for_more(user: dict) -> bool:
+    """Whether the section has anything that only DeepSpeed's engine does."""
+    return bool(
+        user.keys() - {"bf16", "gradient_clipping"} or user.get("bf16", {}).keys() - {"enabled"}
+    )
+
+
+def start_engine(
+    model: Electra, config: Config, plan: Plan
+) -> deepspeed.DeepSpeedEngine | PlainEngine:
+    """Join the other ranks and hand the model to DeepSpeed, or to the plain engine.
 
     Raises FastElectraError for what only starting it shows, as an operation that CPUs lack.
     """
@@ -102,6 +115,9 @@ def start_engine(model: Electra, config: Config, plan: Plan) -> deepspeed.DeepSp
         torch.cuda.set_device(plan.device)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
+    if plan.plain:
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        return PlainEngine(model.to(plan.device), config, plan.accumulation, dtype)
     groups = parameter_groups(model, config.optimizer.weight_decay)
     optimizer = PaperAdam(groups, config.optimizer)
     if PaperAdam not in ZERO_SUPPORTED_OPTIMIZERS:  # it is element-wise, as torch's own

@@ -1,8 +1,9 @@
-"""Full fp32 weights and Adam moments by parameter name, out of and into any DeepSpeed engine.
+"""Full fp32 weights and Adam moments by parameter name, out of and into any engine.
 
-DeepSpeed's own checkpoints fit one number of ranks and one ZeRO stage; these fit all. At stage 0
-the torch optimizer holds whole parameters (in 16 bit a wrapper's fp32 copies of them); in stages
-1 to 3 it holds this rank's parts in flat buffers, reached through DeepSpeed's `safe_*` functions.
+DeepSpeed's own checkpoints fit one number of ranks and one ZeRO stage; these fit all. In the plain
+engine and at stage 0 the torch optimizer holds whole parameters (in 16 bit fp32 copies of them); in
+stages 1 to 3 it holds this rank's parts in flat buffers, reached through DeepSpeed's `safe_*`
+functions.
 """
 
 import torch
@@ -19,9 +20,12 @@ from deepspeed.utils import (
 )
 
 from fastelectra.training.checkpoint import MOMENT_KEYS, Tensors
+from fastelectra.training.plain import PlainEngine
+
+Engine = DeepSpeedEngine | PlainEngine
 
 
-def gather(engine: DeepSpeedEngine) -> tuple[Tensors, Tensors]:
+def gather(engine: Engine) -> tuple[Tensors, Tensors]:
     """(weights, moments): this rank's share of them, in fp32 on the host; all ranks call it.
 
     Moments are named {parameter}.exp_avg and {parameter}.exp_avg_sq. A share is about 1/ranks of
@@ -42,7 +46,7 @@ def gather(engine: DeepSpeedEngine) -> tuple[Tensors, Tensors]:
     return weights, moments
 
 
-def _owners(engine: DeepSpeedEngine) -> dict[str, int]:
+def _owners(engine: Engine) -> dict[str, int]:
     """The rank that saves each parameter, largest first to the one with least to save."""
     sizes = {name: getattr(parameter, "ds_numel", parameter.numel())  # stage 3 has parts only
              for name, parameter in engine.module.named_parameters()}  # fmt: skip
@@ -53,7 +57,7 @@ def _owners(engine: DeepSpeedEngine) -> dict[str, int]:
     return owners
 
 
-def restore(engine: DeepSpeedEngine, weights: Tensors, moments: Tensors, adam_step: float) -> None:
+def restore(engine: Engine, weights: Tensors, moments: Tensors, adam_step: float) -> None:
     """Put what `gather` gave, on all ranks, into an engine of any stage, precision and world."""
     prepare = {0: _write_whole, 3: _write_shard}.get(engine.zero_optimization_stage(), _write_parts)
     write = prepare(engine, adam_step)
@@ -61,7 +65,7 @@ def restore(engine: DeepSpeedEngine, weights: Tensors, moments: Tensors, adam_st
         write(parameter, weights[name], {key: moments[f"{name}.{key}"] for key in MOMENT_KEYS})
 
 
-def torch_optimizer(engine: DeepSpeedEngine) -> torch.optim.Optimizer:
+def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
     """The optimizer inside DeepSpeed's wrapper."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
@@ -70,8 +74,10 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _masters(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor]:
+def _masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
     """Stage 0: the tensor that the optimizer updates for each parameter of the module."""
+    if isinstance(engine, PlainEngine):
+        return engine.masters
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp16_groups"):  # also bf16
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -79,12 +85,12 @@ def _masters(engine: DeepSpeedEngine) -> dict[torch.Tensor, torch.Tensor]:
     return {parameter: parameter for parameter in engine.module.parameters()}
 
 
-def _read_whole(engine: DeepSpeedEngine):
+def _read_whole(engine: Engine):
     masters, state = _masters(engine), torch_optimizer(engine).state
     return lambda p: [masters[p], *(state[masters[p]][key] for key in MOMENT_KEYS)]
 
 
-def _write_whole(engine: DeepSpeedEngine, adam_step: float):
+def _write_whole(engine: Engine, adam_step: float):
     masters, state = _masters(engine), torch_optimizer(engine).state
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
@@ -102,14 +108,14 @@ def _read_parts(parameter: torch.Tensor) -> list[torch.Tensor]:
     return [safe_get_full_fp32_param(parameter), *states]
 
 
-def _fresh_states(engine: DeepSpeedEngine, buffers: list[torch.Tensor], adam_step: float) -> None:
+def _fresh_states(engine: Engine, buffers: list[torch.Tensor], adam_step: float) -> None:
     for buffer in buffers:
         state = {key: torch.zeros_like(buffer) for key in MOMENT_KEYS}
         state["step"] = torch.tensor(adam_step, device=buffer.device)
         torch_optimizer(engine).state[buffer] = state
 
 
-def _link_states(engine: DeepSpeedEngine) -> None:
+def _link_states(engine: Engine) -> None:
     """Stages 1 and 2: let `safe_*` find the optimizer's states.
 
     DeepSpeed does it after the first update of the first group, when the others have none yet.
@@ -118,7 +124,7 @@ def _link_states(engine: DeepSpeedEngine) -> None:
     engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _write_parts(engine: DeepSpeedEngine, adam_step: float):
+def _write_parts(engine: Engine, adam_step: float):
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat_partition"):  # bf16 accumulating gradients in fp32
         _fresh_states(engine, optimizer.fp32_groups_flat_partition, adam_step)
@@ -134,7 +140,7 @@ def _write_parts(engine: DeepSpeedEngine, adam_step: float):
     return write
 
 
-def _write_shard(engine: DeepSpeedEngine, adam_step: float):
+def _write_shard(engine: Engine, adam_step: float):
     _fresh_states(engine, engine.optimizer.fp32_partitioned_groups_flat, adam_step)
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:

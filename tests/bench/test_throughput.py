@@ -14,23 +14,6 @@ from measure import Runner, part_of, quartiles
 BENCH = Path(__file__).parents[2] / "bench"
 SIZES = ["--size", "small", "--seq", "16", "--tokens-per-step", "64"]
 
-BOTH_ENGINES = """
-import sys
-sys.path.append(sys.argv[1])
-from fastelectra.training import launch
-process = launch.prepare()
-import ours, torch
-from workload import make_workload
-work = make_workload("small", 16, 128, 64, "full", "fp32", ".")
-for has_deepspeed in (True, False):
-    ours.HAS_DEEPSPEED = has_deepspeed
-    contender = ours.Ours("ours", work, torch.device("cpu"), process)
-    contender.number = 10_000  # at the peak of the learning rate
-    for batches, _ in zip(work.steps(process), range(4)):
-        contender.step(batches)
-    print("LOSSES", *contender.losses())
-"""
-
 
 def test_a_run_reports_every_contender(tmp_path):
     file, picture = tmp_path / "a" / "result.json", tmp_path / "plot.png"
@@ -52,16 +35,6 @@ def test_a_run_reports_every_contender(tmp_path):
     assert result["contenders"]["ours"]["ours_is_times"]["median"] == 1
     assert result["provenance"]["versions"]["torch"]
     assert picture.stat().st_size > 0
-
-
-def test_the_plain_engine_trains_as_deepspeed_does(tmp_path):
-    command = [sys.executable, "-c", BOTH_ENGINES, str(BENCH)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("LOSSES")]
-    (*_, mlm, disc), (*_, plain_mlm, plain_disc) = lines
-    assert float(plain_mlm) == pytest.approx(float(mlm), rel=1e-5)
-    assert float(plain_disc) == pytest.approx(float(disc), rel=1e-5)
 
 
 def test_a_mistake_is_one_line():

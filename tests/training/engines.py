@@ -1,4 +1,4 @@
-"""DeepSpeed engines of every stage and precision, for tests in this process."""
+"""Engines of every stage and precision, for tests in this process; stage None is the plain one."""
 
 import torch
 from launching import tiny_config
@@ -21,10 +21,10 @@ def config_of(corpus, precision, stage, **optimizer) -> Config:
     """The tiny configuration at a stage and precision."""
     config = tiny_config(corpus, "unused")
     config["optimizer"] |= optimizer
-    config["deepspeed"] = {
-        **PRECISIONS[precision],
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-    }
+    config["deepspeed"] = dict(PRECISIONS[precision])
+    if stage is not None:
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        config["deepspeed"]["zero_optimization"] = zero
     return config_from_dict(config)
 
 

@@ -1,0 +1,81 @@
+"""The engine of a run in one process: ZeRO has nothing to divide there. Needs no DeepSpeed."""
+
+import torch
+
+from fastelectra.config import Config
+from fastelectra.model.electra import Electra
+from fastelectra.training.optimizer import PaperAdam, parameter_groups
+
+
+class PlainEngine:
+    """What the trainer needs of DeepSpeed's engine, without its work on the host in each step.
+
+    In bf16 the model's parameters are copies of fp32 `masters`, which the optimizer has, and
+    gradients are summed in fp32. Nothing waits for a GPU.
+    """
+
+    world_size, global_rank = 1, 0
+
+    def __init__(
+        self, model: Electra, config: Config, accumulation: int, dtype: torch.dtype
+    ) -> None:
+        self.module, self.accumulation, self.micro_steps = model, accumulation, 0
+        self.clip = config.deepspeed.get("gradient_clipping", 1.0)
+        self.copied = dtype != torch.float32
+        self.masters = {p: p for p in model.parameters()}
+        if self.copied:
+            self.masters = {p: p.detach().clone() for p in model.parameters()}
+            model.to(dtype)
+        groups = parameter_groups(model, config.optimizer.weight_decay)
+        for group in groups:
+            group["params"] = [self.masters[parameter] for parameter in group["params"]]
+        self.optimizer = PaperAdam(groups, config.optimizer)
+        self.train, self.eval = model.train, model.eval
+
+    def zero_optimization_stage(self) -> int:
+        """None: whole parameters are here."""
+        return 0
+
+    def __call__(self, batch):
+        """The model's loss and metrics."""
+        return self.module(batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradients to those of the step, in fp32."""
+        (loss / self.accumulation).backward()
+        if not self.copied:
+            return
+        pairs = [(m, p) for p, m in self.masters.items() if p.grad is not None]
+        if self.micro_steps % self.accumulation == 0:
+            for master, _ in pairs:
+                master.grad = torch.empty_like(master) if master.grad is None else master.grad
+            add = torch._foreach_copy_
+        else:
+            add = torch._foreach_add_
+        add([master.grad for master, _ in pairs], [parameter.grad for _, parameter in pairs])
+        for parameter in self.masters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """After the last micro-batch of a step: clip, update, and copy to the model.
+
+        Gradients whose norm is not a number change nothing.
+        """
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation:
+            return
+        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
+        self.norm = torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.found_inf = (~self.norm.isfinite()).float()
+        if self.clip:  # Adam divides by it, in the pass that it makes anyway
+            self.optimizer.grad_scale = (self.norm / self.clip).clamp(min=1)
+        self.optimizer.step()
+        if self.copied:
+            torch._foreach_copy_([*self.masters], [*self.masters.values()])
+        else:
+            self.optimizer.zero_grad()
+
+    def get_global_grad_norm(self) -> torch.Tensor:
+        """Of the last step's gradients, before clipping."""
+        return self.norm
