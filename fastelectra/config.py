@@ -28,6 +28,7 @@ class ModelConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.1
     initializer_range: float = 0.02  # σ of tables and matrices; a narrow model starts better at .08
+    embedding_sharing: str = "all"  # all | tokens (the word table alone) | none
 
 
 @dataclass
@@ -40,13 +41,48 @@ class DataConfig:
     google_parity: bool = False  # drop truncated tails, mask with replacement, as google-research
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What the main network, the one that is kept, learns."""
+
+    generator: bool = True  # fills in what is masked; else the main network sees [MASK]
+    detects: bool = True  # which tokens were replaced; else it predicts the original ones
+    everywhere: bool = True  # at all tokens; else at the chosen ones only
+
+
+OBJECTIVES = {  # paper section 3.4
+    "electra": Objective(),
+    "electra_15": Objective(everywhere=False),
+    "replace_mlm": Objective(detects=False, everywhere=False),
+    "all_tokens_mlm": Objective(detects=False),  # it may copy the token it sees
+    "mlm": Objective(generator=False, detects=False, everywhere=False),  # BERT, without NSP
+}
+
+
 @dataclass
 class ObjectiveConfig:
-    """Weights of the two losses and the generator's sampling (paper section 3.2)."""
+    """What is learnt, the weights of the losses, the generator's sampling (sections 3.2, 3.4).
 
+    Each loss is a mean over the tokens that are predicted. `mlm` masks as the generator's input is
+    masked (85 % [MASK], 15 % kept), as Google's code does; what is said of the generator has no
+    effect there.
+    """
+
+    name: str = "electra"  # electra | electra_15 | replace_mlm | all_tokens_mlm | mlm
     generator_weight: float = 1.0
-    discriminator_weight: float = 50.0
+    discriminator_weight: float = 50.0  # a main network that predicts tokens instead weighs 1
     temperature: float = 1.0  # of the softmax the replacements are drawn from
+    disallow_correct: bool = False  # never draw the original token
+
+    @property
+    def kind(self) -> Objective:
+        """What `name` stands for."""
+        return OBJECTIVES[self.name]
+
+    @property
+    def main_weight(self) -> float:
+        """Of the main network's loss."""
+        return self.discriminator_weight if self.kind.detects else 1.0
 
 
 @dataclass
@@ -80,7 +116,7 @@ class TrainingConfig:
     checkpoint_every: int = 5_000
     keep_last: int = 3  # checkpoints kept
     keep_every: int = 0  # steps: checkpoints of a multiple are kept for good; 0: none
-    stop_when_not_saved: bool = True  # false: where a checkpoint cannot be written, warn and go on
+    stop_when_not_saved: bool = True  # false: go on, unless it is the last that cannot be written
     max_skipped: int = 20  # updates in a row without numbers, each skipped, that end the run
     tensorboard: bool = True  # where the package is installed
     wandb_project: str = ""  # empty: off
@@ -208,6 +244,13 @@ def _check_values(config: Config, where: str) -> None:
         if not condition:
             raise FastElectraError(f"{where}: {message}")
 
+    for name, value, valid in (
+        ("objective.name", objective.name, tuple(OBJECTIVES)),
+        ("model.embedding_sharing", model.embedding_sharing, ("all", "tokens", "none")),
+    ):
+        near = difflib.get_close_matches(value, valid, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        require(value in valid, f"{name} must be {_either(valid)}, got {value!r}{hint}")
     positive = {
         "model": ("layers", "hidden_size", "intermediate_size", "heads", "embedding_size",
                   "max_positions", "initializer_range"),
@@ -263,9 +306,24 @@ def _check_values(config: Config, where: str) -> None:
         f" training.micro_batch_tokens = {training.micro_batch_tokens}",
     )
     require(
+        objective.kind.generator
+        or not (objective.disallow_correct or model.embedding_sharing != "all"),
+        f"objective.name = {objective.name} trains no generator: leave objective.disallow_correct"
+        " and model.embedding_sharing out",
+    )
+    require(
+        objective.name != "electra_15" or not objective.disallow_correct,
+        "with objective.disallow_correct every token that electra_15 judges is a fake: leave it out"
+        " or set objective.name to electra",
+    )
+    require(
         training.kernels in ("auto", "triton", "torch"),
         f"training.kernels must be auto, triton or torch, got {training.kernels!r}",
     )
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def generator_sizes(model: ModelConfig) -> tuple[int, int, int]:

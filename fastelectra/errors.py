@@ -22,5 +22,10 @@ def run(main, argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {_one_line(message)}", file=sys.stderr, flush=True)
     return 2
+
+
+def _one_line(text: str) -> str:
+    """With line ends, and codes that terminals obey, written out: names in files may hold any."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -74,6 +74,11 @@ def explain(
     are so many) are drawn. Raises FastElectraError for an empty or overlong text or a bad `mask`.
     """
     electra, tokenizer = pretrained.electra.eval(), pretrained.tokenizer
+    if not electra.objective.kind.detects:
+        raise FastElectraError(
+            f"nothing to explain: the main network of {electra.objective.name} predicts tokens and"
+            ' judges none. Export it for pipeline("fill-mask")'
+        )
     ids = _encode(pretrained, text)
     generator = torch.Generator().manual_seed(seed % 2**63)
     positions = _positions(pretrained, mask, len(ids), generator)

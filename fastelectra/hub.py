@@ -2,12 +2,12 @@
 
 OUT/discriminator/      for AutoModel, ElectraForPreTraining, ElectraForSequenceClassification …
 OUT/generator/          for ElectraForMaskedLM and pipeline("fill-mask")
+OUT/mlm/                the same, where the objective's main network predicts tokens
     model.safetensors  config.json  tokenizer files
 """
 
 import dataclasses
 import json
-import shutil
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from fastelectra.config import (
     Config,
     ModelConfig,
+    Objective,
     ObjectiveConfig,
     config_from_dict,
     generator_sizes,
@@ -49,7 +50,7 @@ EMBEDDINGS_DIFFER = "the two networks' embeddings differ: took the discriminator
 class Pretrained:
     """A discriminator, its generator if there is one, and how to make tokens for them."""
 
-    electra: Electra  # fp32 on the CPU, in evaluation mode; a missing generator is untrained
+    electra: Electra  # fp32 on the CPU, in evaluation mode; a generator it lacks is untrained
     tokenizer: Tokenizer
     tokenizer_dir: Path
     special: dict[str, int]  # ids of pad, unk, cls, sep, mask
@@ -74,24 +75,30 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
         folder = checkpoint.resolve(path)
         if generator:
             raise FastElectraError(f"{folder} has a generator of its own: leave out {generator}")
-        tokenizer_dir, has_generator = folder / checkpoint.TOKENIZER, True
+        tokenizer_dir = folder / checkpoint.TOKENIZER
         electra = _build(*_read_checkpoint(folder))
-    tokenizer, special = _read_tokenizer(tokenizer_dir, len(electra.embeddings.word))
+        has_generator = electra.generator is not None
+    tokenizer, special = read_tokenizer(tokenizer_dir, len(electra.embeddings.word))
     return Pretrained(electra.eval(), tokenizer, tokenizer_dir, special, has_generator)
 
 
-def _build(model: ModelConfig, vocab_size: int, weights: dict[str, torch.Tensor]) -> Electra:
-    """Both networks; what `weights` lacks is as in a fresh run of seed 0."""
+def _build(
+    model: ModelConfig,
+    vocab_size: int,
+    weights: dict[str, torch.Tensor],
+    objective: ObjectiveConfig | None = None,
+) -> Electra:
+    """The networks of an objective; what `weights` lacks is as in a fresh run of seed 0."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        electra = Electra(model, vocab_size, ObjectiveConfig())
+        electra = Electra(model, vocab_size, objective or ObjectiveConfig())
         for name, parameter in electra.named_parameters():
             if name in weights:
                 parameter.copy_(weights[name])
     return electra
 
 
-def _read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
+def read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
     """The tokenizer of a folder and its special tokens' ids; from vocab.txt alone if need be."""
     config = folder / "tokenizer_config.json"
     settings = read_json(config) if config.is_file() else {}
@@ -125,27 +132,39 @@ def run_export(args: Namespace) -> int:
     Raises FastElectraError: not a sound checkpoint, OUT is not empty or cannot be written.
     """
     folder, out = checkpoint.resolve(args.checkpoint), Path(args.out)
-    model, vocab_size, weights = _read_checkpoint(folder)
-    _, special = _read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
+    model, vocab_size, weights, objective = _read_checkpoint(folder)
+    _, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
+    parts = exported_parts(objective.kind)
     try:
         with checkpoint.write_folder(out) as aside:
-            for network, architecture in ARCHITECTURES.items():
-                (aside / network).mkdir()
-                for file in (folder / checkpoint.TOKENIZER).iterdir():
-                    shutil.copyfile(file, aside / network / file.name)
-                config = _hub_config(model, network, vocab_size, special["pad"])
+            for part, (network, architecture) in parts.items():
+                (aside / part).mkdir()
+                vocabulary.copy(folder / checkpoint.TOKENIZER, aside / part)
+                config = hub_config(model, network, vocab_size, special["pad"])
                 text = json.dumps({"architectures": [architecture], **config}, indent=2)
-                (aside / network / "config.json").write_text(text + "\n", encoding="utf-8")
-                tensors = to_hub(weights, network)
-                save_file(tensors, aside / network / "model.safetensors", {"format": "pt"})
+                (aside / part / "config.json").write_text(text + "\n", encoding="utf-8")
+                tensors = to_hub(weights, network, architecture == ARCHITECTURES["generator"])
+                save_file(tensors, aside / part / "model.safetensors", {"format": "pt"})
     except (OSError, SafetensorError) as error:  # the second wraps the first
         reason = getattr(error, "strerror", None) or error
         raise FastElectraError(f"cannot write {out}: {reason}") from None
-    print(f"wrote {out / 'discriminator'} and {out / 'generator'} from {folder}")
+    print(f"wrote {' and '.join(str(out / part) for part in parts)} from {folder}")
+    if objective.name == "all_tokens_mlm":
+        print("left out, since ElectraForMaskedLM has no place for it: the probability of copying")
     return 0
 
 
-def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> dict:
+def exported_parts(kind: Objective) -> dict[str, tuple[str, str]]:
+    """Folder of an export → our network, their class. A main network that predicts tokens is an
+    ElectraForMaskedLM, as a generator is."""
+    masked_lm = ARCHITECTURES["generator"]
+    main = ("discriminator", ARCHITECTURES["discriminator"]) if kind.detects else (
+        "mlm", masked_lm)  # fmt: skip
+    parts = {main[0]: ("discriminator", main[1])}
+    return parts | ({"generator": ("generator", masked_lm)} if kind.generator else {})
+
+
+def hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> dict:
     """config.json of one network."""
     sizes = [getattr(model, name) for name in SIZES]
     sizes = generator_sizes(model) if network == "generator" else sizes
@@ -160,14 +179,17 @@ def _hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> 
     }
 
 
-def _read_checkpoint(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor]]:
-    """Sizes, vocabulary size and weights; FastElectraError if they do not fit together."""
+def _read_checkpoint(
+    folder: Path,
+) -> tuple[ModelConfig, int, dict[str, torch.Tensor], ObjectiveConfig]:
+    """Sizes, vocabulary size, weights, objective; FastElectraError if they do not fit together."""
     state = checkpoint.read_state(folder)
-    model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
+    config = config_from_dict(state["config"], str(folder / checkpoint.STATE))
     weights, vocab_size = checkpoint.read_weights(folder), state["vocab_size"]
-    if {name: weights[name].shape for name in weights} != parameter_shapes(model, vocab_size):
+    expected = parameter_shapes(config.model, vocab_size, config.objective)
+    if {name: weights[name].shape for name in weights} != expected:
         raise FastElectraError(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.STATE} disagree")
-    return model, vocab_size, weights
+    return config.model, vocab_size, weights, config.objective
 
 
 # --- import ---------------------------------------------------------------------------------------
@@ -192,7 +214,7 @@ def run_import(args: Namespace) -> int:
     folders = [part for name in args.folders for part in hub_folders(Path(name)) or [Path(name)]]
     networks = read_networks(folders, args.generator_fraction)
     electra = _build(networks.model, networks.vocab_size, networks.weights)
-    tokenizer, special = _read_tokenizer(networks.tokenizer_dir, networks.vocab_size)
+    tokenizer, special = read_tokenizer(networks.tokenizer_dir, networks.vocab_size)
     config = Config(model=networks.model)
     config.data.max_length = min(config.data.max_length, networks.model.max_positions)
     with tempfile.TemporaryDirectory() as tokenizer_dir:

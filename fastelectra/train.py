@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             return 0
         trainer = Trainer(config, corpus, process, plan, start)
         if process.leads:
-            check_outputs(config)  # the first that writes
+            trainer.lock = check_outputs(config)  # the first that writes
         for line in opening(trainer):
             process.say(line)
         trainer.train(args.max_hours)

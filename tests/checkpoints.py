@@ -14,9 +14,9 @@ ODD = ModelConfig(  # a generator of one head; embeddings narrower than both net
 )  # fmt: skip
 
 
-def electra(model, vocab_size, seed=0):
+def electra(model, vocab_size, seed=0, objective="electra"):
     """Both networks with values that a mistake would show with: no zeros, no ones."""
-    network = Electra(model, vocab_size, ObjectiveConfig())
+    network = Electra(model, vocab_size, ObjectiveConfig(objective))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -24,11 +24,11 @@ def electra(model, vocab_size, seed=0):
     return network.eval()
 
 
-def write_checkpoint(target, corpus, model=ODD, step=7):
+def write_checkpoint(target, corpus, model=ODD, step=7, objective="electra"):
     """What a training run leaves behind; returns its networks."""
     corpus = open_corpus(corpus)
-    network = electra(model, corpus.vocab_size)
-    config = Config(model=model)
+    network = electra(model, corpus.vocab_size, objective=objective)
+    config = Config(model=model, objective=ObjectiveConfig(objective))
     config.data.max_length = min(config.data.max_length, model.max_positions)
     checkpoint.write_checkpoint(
         target,

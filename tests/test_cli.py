@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastelectra import __version__
+from fastelectra import __version__, errors
 from fastelectra.cli import COMMANDS
+from fastelectra.errors import FastElectraError
 
 COMMAND = str(Path(sys.executable).with_name("fastelectra"))
 
@@ -41,6 +42,14 @@ def test_bad_usage_is_two_and_no_traceback(tmp_path, arguments):
     assert done.returncode == 2
     assert "usage:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_line_whatever_a_file_has_for_names(capsys):
+    def main(_):
+        raise FastElectraError("of\n\x1b[2J\ud800 ‘näme’")
+
+    assert errors.run(main) == 2
+    assert capsys.readouterr().err == "error: of\\n\\x1b[2J\\ud800 ‘näme’\n"
 
 
 def test_kernels_are_ours_and_not_at_top_level(tmp_path):

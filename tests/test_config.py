@@ -78,6 +78,18 @@ def test_overrides_are_typed(tmp_path):
         ({"training": {"batch_tokens": 100, "micro_batch_tokens": 1000}}, "not a multiple"),
         ({"training": {"micro_batch_tokens": 16, "batch_tokens": 16}}, "not one example"),
         ({"training": {"kernels": "cuda"}}, "auto, triton or torch"),
+        (
+            {"objective": {"name": "bert"}},
+            "must be electra, electra_15, replace_mlm, all_tokens_mlm or mlm, got 'bert'",
+        ),
+        ({"objective": {"name": "replace-mlm"}}, "did you mean replace_mlm?"),
+        ({"model": {"embedding_sharing": "token"}}, "all, tokens or none, got 'token'; did you"),
+        ({"objective": {"name": "mlm", "disallow_correct": True}}, "trains no generator"),
+        (
+            {"objective": {"name": "mlm"}, "model": {"embedding_sharing": "none"}},
+            "trains no generator",
+        ),
+        ({"objective": {"name": "electra_15", "disallow_correct": True}}, "is a fake"),
         ({"training": {"steps": 0}}, "training.steps must be above 0 and below"),
         ({"optimizer": {"peak_lr": float("nan")}}, "optimizer.peak_lr must be above 0"),
     ],

@@ -25,7 +25,9 @@ from fastelectra.config import ModelConfig
 from fastelectra.data.batch import Batch
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
+from fastelectra.explain import explain
 from fastelectra.hub import load_pretrained
+from fastelectra.model import electra as electra_module
 from fastelectra.training import checkpoint
 
 SMALL = replace(ModelConfig(), layers=2)
@@ -116,6 +118,55 @@ def test_transformers_loads_an_export_and_computes_the_same(tmp_path, corpus, mo
         assert [answer["score"] for answer in answers] == pytest.approx(
             best.values.tolist(), rel=1e-4
         )
+
+
+@pytest.mark.parametrize("objective", ["mlm", "replace_mlm", "all_tokens_mlm"])
+def test_a_main_network_that_predicts_tokens_is_a_masked_lm(tmp_path, corpus, objective, capsys):
+    ours = write_checkpoint(tmp_path / "checkpoint", corpus, objective=objective)
+    assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert ("the probability of copying" in told) == (objective == "all_tokens_mlm")
+    parts = {path.name for path in (tmp_path / "out").iterdir()}
+    assert parts == {"mlm"} | ({"generator"} if objective != "mlm" else set())
+    model, info = ElectraForMaskedLM.from_pretrained(tmp_path / "out/mlm", output_loading_info=True)
+    assert not any(info.values())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/mlm")
+    inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
+    hidden = []
+    ours.discriminator.register_forward_hook(lambda *call: hidden.append(call[2]))
+    with torch.no_grad():
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        ours._discriminate(
+            packed(inputs).tokens, packed(inputs), electra_module._layout(packed(inputs)),
+            torch.zeros(4, dtype=torch.int64),
+        )  # fmt: skip
+        torch.testing.assert_close(
+            ours.discriminator.head.logits(hidden[0]), logits, atol=1e-5, rtol=0
+        )
+    loaded = load_pretrained(tmp_path / "checkpoint")
+    assert loaded.has_generator == (objective != "mlm")
+    assert loaded.electra.objective.name == objective
+    with pytest.raises(FastElectraError, match=f"the main network of {objective} predicts tokens"):
+        explain(loaded, "the war")
+
+
+@pytest.mark.parametrize("sharing", ["tokens", "none"])
+def test_networks_with_embeddings_of_their_own(tmp_path, corpus, sharing):
+    model = replace(ODD, embedding_sharing=sharing)
+    ours = write_checkpoint(tmp_path / "checkpoint", corpus, model)
+    assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "out") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/generator")
+    inputs = tokenizer("the war [MASK]", return_tensors="pt")
+    with torch.no_grad():
+        generator = ElectraForMaskedLM.from_pretrained(tmp_path / "out/generator")
+        logits = generator(**inputs).logits[inputs["input_ids"] == tokenizer.mask_token_id]
+        discriminator = ElectraForPreTraining.from_pretrained(tmp_path / "out/discriminator")
+        scores = discriminator(**inputs).logits[0]
+    torch.testing.assert_close(ours.generator_logits(packed(inputs)), logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.discriminator_logits(packed(inputs)), scores, atol=1e-5, rtol=0)
+    again = load_pretrained(tmp_path / "checkpoint").electra
+    batch = packed(inputs)
+    assert torch.equal(again.generator_logits(batch), ours.generator_logits(batch))
 
 
 def test_a_run_folder_exports_its_newest_checkpoint(tmp_path, corpus):

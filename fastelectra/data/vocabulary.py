@@ -1,6 +1,7 @@
 """The WordPiece tokenizer: trained from text or read from a file, written for Hugging Face."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from tokenizers import (
 from fastelectra.data.words import LineEncoder, SpacingTable
 from fastelectra.errors import FastElectraError
 
+FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -179,6 +181,13 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def copy(folder: Path, to: Path) -> None:
+    """Copy the files that `write` makes, whatever else may lie there."""
+    for name in FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, to / name)
 
 
 def load(folder: Path) -> Tokenizer:

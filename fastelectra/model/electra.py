@@ -1,5 +1,7 @@
 """ELECTRA (arXiv 2003.10555): mask → generate → gather → head, loss, sample → replace →
-discriminate → loss. `Electra.forward` is section 2 of the paper, line by line."""
+discriminate → loss. `Electra.forward` is section 2 of the paper, line by line, and the objectives
+of section 3.4, which differ in the discriminator's head and where it is called: what it predicts
+there. (`mlm` has no generator.)"""
 
 import dataclasses
 import math
@@ -13,25 +15,38 @@ from fastelectra.kernels import replace_tokens
 from fastelectra.model.attention import Layout, layout_of
 from fastelectra.model.embeddings import Embeddings
 from fastelectra.model.encoder import Network
-from fastelectra.model.heads import DiscriminatorHead, GeneratorHead
+from fastelectra.model.heads import CopyHead, DiscriminatorHead, PredictionHead, TokenHead
 
 
 class Electra(nn.Module):
-    """Generator and discriminator over shared embeddings, initialised as the paper does."""
+    """Generator and discriminator over shared embeddings, initialised as the paper does.
+
+    Under an objective that predicts tokens `discriminator` is the main network all the same.
+    """
 
     def __init__(self, model: ModelConfig, vocab_size: int, objective: ObjectiveConfig):
         super().__init__()
-        self.config, self.objective = model, objective
-        self.embeddings = Embeddings(
-            vocab_size, model.embedding_size, model.max_positions, model.dropout
-        )
+        self.config, self.objective, kind = model, objective, objective.kind
+        sizes = vocab_size, model.embedding_size, model.max_positions, model.dropout
+        self.embeddings = Embeddings(*sizes)
 
-        hidden_size, intermediate_size, heads = generator_sizes(model)
-        narrow = dataclasses.replace(
-            model, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads
-        )
-        self.generator = Network(narrow, GeneratorHead(hidden_size, self.embeddings.word))
-        self.discriminator = Network(model, DiscriminatorHead(model.hidden_size))
+        self.generator = None
+        if kind.generator:
+            hidden_size, intermediate_size, heads = generator_sizes(model)
+            narrow = dataclasses.replace(
+                model, hidden_size=hidden_size, intermediate_size=intermediate_size, heads=heads
+            )
+            own = None if model.embedding_sharing == "all" else Embeddings(*sizes)
+            if model.embedding_sharing == "tokens":
+                own.word = self.embeddings.word
+            word = (own or self.embeddings).word
+            self.generator = Network(narrow, TokenHead(hidden_size, word), own)
+        if kind.detects:
+            head = DiscriminatorHead(model.hidden_size)
+        else:
+            predicts = CopyHead if kind.everywhere else PredictionHead
+            head = predicts(model.hidden_size, self.embeddings.word)
+        self.discriminator = Network(model, head)
         initialize(self, model.initializer_range)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -42,32 +57,33 @@ class Electra(nn.Module):
         batch = real_part(batch)
         layout = _layout(batch)
         seeds = self._dropout_seeds(batch)
-        real_tokens = batch.cu_seqlens[-1]
-
-        masked, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
-        hidden = self._generate(masked, batch, layout, seeds[0])  # (M, H)
-        mlm_loss, sampled, correct = self.generator.head(
-            hidden, batch.labels, batch.uniforms, self.objective.temperature
-        )
-        corrupted, replaced, count = replace_tokens(batch.tokens, batch.masked_positions, sampled)
-        hidden = self._discriminate(corrupted, batch, layout, seeds[1])  # (T, H)
-        disc_loss, histogram = self.discriminator.head(hidden, replaced, real_tokens)
-
+        objective, kind = self.objective, self.objective.kind
+        masked_here, real_tokens = (batch.labels >= 0).sum(), batch.cu_seqlens[-1]
         chosen, tokens = batch.totals.clamp(min=1)
-        loss = (
-            self.objective.generator_weight * mlm_loss / chosen
-            + self.objective.discriminator_weight * disc_loss / tokens
-        )
-        metrics = {
-            "mlm_loss": mlm_loss.detach(),
-            "mlm_correct": correct,
-            "masked": (batch.labels >= 0).sum().float(),
-            "replaced": count,
-            "disc_loss": disc_loss.detach(),
-            "tokens": real_tokens.float(),
-            "histogram": histogram,
-        }
-        return loss, metrics
+        loss, metrics = 0.0, {"masked": masked_here.float(), "tokens": real_tokens.float()}
+
+        filled, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
+        seen = batch.masked_inputs
+        if kind.generator:
+            hidden = self._generate(filled, batch, layout, seeds[0])  # (M, H)
+            mlm_loss, seen, correct = self.generator.head(
+                hidden, batch.labels, batch.uniforms, objective.temperature,
+                objective.disallow_correct,
+            )  # fmt: skip
+            filled, _, replaced = replace_tokens(batch.tokens, batch.masked_positions, seen)
+            loss = objective.generator_weight * mlm_loss / chosen
+            metrics |= {"mlm_loss": mlm_loss.detach(), "mlm_correct": correct, "replaced": replaced}
+
+        if kind.everywhere:
+            hidden = self._discriminate(filled, batch, layout, seeds[1])  # (T, H)
+            judged, whole = (batch.tokens, filled, real_tokens), tokens
+        else:
+            rows = batch.masked_positions
+            hidden = self._discriminate(filled, batch, layout, seeds[1], rows)  # (M, H)
+            judged, whole = (batch.labels, seen, masked_here), chosen
+        main_loss, scores = self.discriminator.head(hidden, *judged)
+        loss = loss + objective.main_weight * main_loss / whole
+        return loss, {**metrics, "predicted": judged[2].float(), **scores}
 
     @torch.no_grad()
     def generator_logits(self, batch: Batch) -> torch.Tensor:
@@ -91,15 +107,21 @@ class Electra(nn.Module):
         self, tokens: torch.Tensor, batch: Batch, layout: Layout, seeds: torch.Tensor
     ) -> torch.Tensor:
         """[M, H]: the generator's hidden states where a token is predicted, and only there."""
-        embedded = self.embeddings(tokens, batch.segments, batch.positions, seeds[:1])
+        embeddings = self.generator.embeddings or self.embeddings
+        embedded = embeddings(tokens, batch.segments, batch.positions, seeds[:1])
         return self.generator(embedded, layout, seeds[1:], batch.masked_positions)
 
     def _discriminate(
-        self, tokens: torch.Tensor, batch: Batch, layout: Layout, seeds: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        batch: Batch,
+        layout: Layout,
+        seeds: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[T, H]: the discriminator's hidden states."""
+        """[T, H]: the discriminator's hidden states; [M, H] at rows [M]."""
         embedded = self.embeddings(tokens, batch.segments, batch.positions, seeds[:1])
-        return self.discriminator(embedded, layout, seeds[1:])
+        return self.discriminator(embedded, layout, seeds[1:], rows)
 
     def _dropout_seeds(self, batch: Batch) -> torch.Tensor:
         """[2, 1 + 3 · layers] int64: one for every dropout, from torch's default generator."""
@@ -107,10 +129,12 @@ class Electra(nn.Module):
         return torch.randint(2**63 - 1, (2, dropouts), device=batch.tokens.device)
 
 
-def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, torch.Size]:
+def parameter_shapes(
+    model: ModelConfig, vocab_size: int, objective: ObjectiveConfig | None = None
+) -> dict[str, torch.Size]:
     """The shape of every parameter of Electra by its name, without making one."""
     with torch.device("meta"):
-        electra = Electra(model, vocab_size, ObjectiveConfig())
+        electra = Electra(model, vocab_size, objective or ObjectiveConfig())
     return {name: parameter.shape for name, parameter in electra.named_parameters()}
 
 

@@ -15,13 +15,15 @@ from fastelectra.model.embeddings import LAYER_NORM_EPS
 
 
 class Network(nn.Module):
-    """One of the two networks: from the shared embeddings [T, E] to hidden states [T, H].
+    """One of the two networks: from the embeddings [T, E] to hidden states [T, H].
 
-    `project` is there when E ≠ H. The head is kept here but is called by the step itself.
+    `project` is there when E ≠ H, `embeddings` when it does not share the other network's. Head
+    and embeddings are kept here but are called by the step itself.
     """
 
-    def __init__(self, model: ModelConfig, head: nn.Module):
+    def __init__(self, model: ModelConfig, head: nn.Module, embeddings: nn.Module | None = None):
         super().__init__()
+        self.embeddings = embeddings
         same = model.embedding_size == model.hidden_size
         self.project = None if same else nn.Linear(model.embedding_size, model.hidden_size)
         self.encoder = nn.ModuleList(Layer(model) for _ in range(model.layers))

@@ -11,9 +11,9 @@ import torch
 _RULES = tuple(  # the first that matches the whole of our name gives theirs
     (re.compile(ours), theirs)
     for ours, theirs in (
-        (r"embeddings\.(word|position)", r"electra.embeddings.\1_embeddings.weight"),
-        (r"embeddings\.segment", r"electra.embeddings.token_type_embeddings.weight"),
-        (r"embeddings\.norm_(\w+)", r"electra.embeddings.LayerNorm.\1"),
+        (r"(?:\w+\.)?embeddings\.(word|position)", r"electra.embeddings.\1_embeddings.weight"),
+        (r"(?:\w+\.)?embeddings\.segment", r"electra.embeddings.token_type_embeddings.weight"),
+        (r"(?:\w+\.)?embeddings\.norm_(\w+)", r"electra.embeddings.LayerNorm.\1"),
         (r"\w+\.project\.(\w+)", r"electra.embeddings_project.\1"),
         (
             r"\w+\.encoder\.(\d+)\.qkv\.(\w+)",
@@ -50,12 +50,18 @@ def hub_names(name: str) -> list[str]:
     raise KeyError(name)
 
 
-def to_hub(weights: dict[str, torch.Tensor], network: str) -> dict[str, torch.Tensor]:
-    """The tensors of the file of one network ("discriminator" or "generator")."""
+def to_hub(
+    weights: dict[str, torch.Tensor], network: str, predicts: bool | None = None
+) -> dict[str, torch.Tensor]:
+    """The tensors of the file of one network ("discriminator" or "generator").
+
+    predicts: whether its head is that of ElectraForMaskedLM; default: the generator's is.
+    """
+    predicts = network == "generator" if predicts is None else predicts
     tensors = {}
-    for name, tensor in weights.items():
-        if name.startswith(("embeddings.", f"{network}.")):
-            names = hub_names(name)
+    for name, tensor in sorted(weights.items()):  # "generator.embeddings." after "embeddings."
+        if name.startswith(("embeddings.", f"{network}.")) and ".copy_" not in name:
+            names = hub_names(name.replace("discriminator.", "generator.") if predicts else name)
             parts = (part.contiguous() for part in tensor.chunk(len(names)))
             tensors.update(zip(names, parts, strict=True))
     return tensors

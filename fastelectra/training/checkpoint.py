@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fastelectra.data import vocabulary
 from fastelectra.data.shards import file_sha256
 from fastelectra.errors import FastElectraError
 
@@ -42,6 +43,7 @@ KEYS = {  # of state.json, and the type of each
 }
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 STATE, TOKENIZER, SUMS = "state.json", "tokenizer", "SHA256SUMS"
+USED = (".safetensors", *vocabulary.FILES)  # endings of what must have a checksum
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # of Adam's state
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _ASIDE = ".tmp-"  # prefix of a folder that is still being written
@@ -134,8 +136,7 @@ def write_share(
 def write_rest(folder: Path, tokenizer_dir: Path, state: dict) -> None:
     """Write all but the tensors, checksums last. Raises OSError."""
     (folder / TOKENIZER).mkdir()  # with our permissions: the corpus may be read-only
-    for file in tokenizer_dir.iterdir():
-        shutil.copyfile(file, folder / TOKENIZER / file.name)
+    vocabulary.copy(tokenizer_dir, folder / TOKENIZER)
     text = json.dumps({"format": FORMAT, **state}, indent=2)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
     write_sums(folder)
@@ -162,7 +163,7 @@ def verify(folder: Path) -> None:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         files = _files(folder)
-        for name in {STATE, *sums, *(n for n in files if n.endswith(".safetensors"))}:
+        for name in {STATE, *sums, *(n for n in files if n.endswith(USED))}:
             if name not in files or name not in sums:
                 raise FastElectraError(f"{folder / SUMS if name in files else folder} lacks {name}")
             if file_sha256(files[name]) != sums[name]:
@@ -189,6 +190,11 @@ def _step_folders(run: Path) -> list[Path]:
 
 def _step_of(path: Path) -> int:
     return int(_STEP_FOLDER.fullmatch(path.name)[1])
+
+
+def newest_step(run: Path, without: Collection[Path] = ()) -> int:
+    """Of the complete checkpoints but these; 0 if there are none."""
+    return max((_step_of(p) for p in complete_checkpoints(run) if p not in without), default=0)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -287,7 +293,8 @@ def _load_tensors(folder: Path, name: str) -> Tensors:
 def tidy(run: Path, keep_last: int, keep_every: int = 0) -> None:
     """Keep the newest `keep_last` checkpoints and every one of a multiple of `keep_every` steps.
 
-    Other complete, unfinished and incomplete ones are removed.
+    Other complete, unfinished and incomplete ones are removed. What cannot be removed now, as a
+    file that another program reads over NFS, is tried again the next time.
     """
     complete = complete_checkpoints(run)
     kept = {p for p in complete if keep_every and _step_of(p) % keep_every == 0}
@@ -295,4 +302,4 @@ def tidy(run: Path, keep_last: int, keep_every: int = 0) -> None:
     for path in (run / "checkpoints").glob("*"):
         ours = path.name.startswith(_ASIDE) or _STEP_FOLDER.fullmatch(path.name)
         if ours and path not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)

@@ -16,47 +16,83 @@ def draw(records: list[dict], path: Path, title: str) -> None:
     """Write a PNG from the records of metrics.jsonl; overwrites `path`."""
     train = [record for record in records if record["kind"] == "train"]
     heldout = [record for record in records if record["kind"] == "eval"]
-    figure = Figure(figsize=(11, 7.2), dpi=150, facecolor="white", layout="constrained")
+    shown = [panel for name, panel in PANELS.items() if any(name in record for record in heldout)]
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(11, 3.6 * rows), dpi=150, facecolor="white", layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.06, wspace=0.04)
-    generator, discriminator, ranking, rates = figure.subplots(2, 2).flat
-
-    _plot(generator, train, "mlm_loss", BLUE, "training", **LIGHT)
-    _plot(generator, heldout, "mlm_loss", BLUE, "held-out")
-    _finish(generator, "Generator: masked-token loss", "nats per token")
-
-    _plot(discriminator, heldout, "prior_loss", FAINT, "H(fake rate)", **DASHED)
-    _plot(discriminator, train, "disc_loss", ORANGE, "training", **LIGHT)
-    _plot(discriminator, heldout, "disc_loss", ORANGE, "held-out")
-    steps, low, high = _series(heldout, "disc_loss", "prior_loss")
-    below = [a < b for a, b in zip(low, high, strict=True)]
-    discriminator.fill_between(steps, low, high, where=below, color=ORANGE, alpha=0.10, linewidth=0)
-    _zoom(discriminator, [*low, *high])
-    _finish(discriminator, "Discriminator: loss, and that of a constant guess", "nats per token")
-
-    for name, color in (("auc", GREEN), ("precision", PURPLE), ("recall", BLUE)):
-        _plot(ranking, heldout, name, color, {"auc": "AUC"}.get(name, name))
-    ranking.set_ylim(0, 1.02)
-    _finish(ranking, "Discriminator: finding the replaced tokens", "")
-
-    for name, color, label in (
-        ("mlm_accuracy", BLUE, "generator's best token is right"),
-        ("sampled_accuracy", PURPLE, "its sampled token is right"),
-        ("fake_rate", ORANGE, "replaced tokens among all"),
-    ):
-        _plot(rates, heldout, name, color, label)
-    rates.set_ylim(bottom=0)
-    rates.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    _finish(rates, "Generator: accuracy, and the fakes it makes", "")
-
+    for panel, axes in zip(shown, figure.subplots(rows, 2, squeeze=False).flat, strict=True):
+        panel(axes, train, heldout)
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary)
     temporary.replace(path)
 
 
+def _generator(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    _plot(axes, train, "mlm_loss", BLUE, "training", **LIGHT)
+    _plot(axes, heldout, "mlm_loss", BLUE, "held-out")
+    _finish(axes, "Generator: masked-token loss", "nats per token")
+
+
+def _discriminator(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    _plot(axes, heldout, "prior_loss", FAINT, "H(fake rate)", **DASHED)
+    _plot(axes, train, "disc_loss", ORANGE, "training", **LIGHT)
+    _plot(axes, heldout, "disc_loss", ORANGE, "held-out")
+    steps, low, high = _series(heldout, "disc_loss", "prior_loss")
+    below = [a < b for a, b in zip(low, high, strict=True)]
+    axes.fill_between(steps, low, high, where=below, color=ORANGE, alpha=0.10, linewidth=0)
+    _zoom(axes, [*low, *high])
+    _finish(axes, "Discriminator: loss, and that of a constant guess", "nats per token")
+
+
+def _main_loss(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    _plot(axes, train, "main_loss", ORANGE, "training", **LIGHT)
+    _plot(axes, heldout, "main_loss", ORANGE, "held-out")
+    _finish(axes, "Main network: loss of the tokens it predicts", "nats per token")
+
+
+def _ranking(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    for name, color in (("auc", GREEN), ("precision", PURPLE), ("recall", BLUE)):
+        _plot(axes, heldout, name, color, {"auc": "AUC"}.get(name, name))
+    axes.set_ylim(0, 1.02)
+    _finish(axes, "Discriminator: finding the replaced tokens", "")
+
+
+def _main_accuracy(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    _plot(axes, heldout, "main_accuracy", GREEN, "its best token is right")
+    _percent(axes)
+    _finish(axes, "Main network: accuracy", "")
+
+
+def _rates(axes: Axes, train: list[dict], heldout: list[dict]) -> None:
+    for name, color, label in (
+        ("mlm_accuracy", BLUE, "generator's best token is right"),
+        ("sampled_accuracy", PURPLE, "its sampled token is right"),
+        ("fake_rate", ORANGE, "replaced tokens among all"),
+    ):
+        _plot(axes, heldout, name, color, label)
+    _percent(axes)
+    _finish(axes, "Generator: accuracy, and the fakes it makes", "")
+
+
+PANELS = {  # a score that a run's objective has → the panel that shows it
+    "mlm_loss": _generator,
+    "disc_loss": _discriminator,
+    "main_loss": _main_loss,
+    "auc": _ranking,
+    "main_accuracy": _main_accuracy,
+    "fake_rate": _rates,
+}
+
+
+def _percent(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+
+
 def _series(records: list[dict], *names: str) -> list[list[float]]:
-    """The steps and the values of each name; None, which JSON has for NaN, is a gap."""
-    columns = [[record[name] for record in records] for name in ("step", *names)]
+    """The steps and the values of each name; None, which JSON has for NaN, is a gap, as is none."""
+    columns = [[record.get(name) for record in records] for name in ("step", *names)]
     return [[math.nan if value is None else value for value in column] for column in columns]
 
 

@@ -59,26 +59,40 @@ class Part:
 
 def parts(config: Config, vocab_size: int, share: float) -> list[Part]:
     """The parts of a step, every token in an example of the full length, `share` predicted."""
-    model = config.model
+    model, kind = config.model, config.objective.kind
     embedding, narrow = model.embedding_size, generator_sizes(model)
     wide = (model.hidden_size, model.intermediate_size, model.heads)
-    projected = [hidden for hidden, *_ in (narrow, wide) if hidden != embedding]
+    networks = [narrow, wide] if kind.generator else [wide]
+    projected = [hidden for hidden, *_ in networks if hidden != embedding]
     rows = vocab_size + config.data.max_length + 2  # of the tables
-    return [
+    lookups = 2 * rows + 2 + LAYER_NORM + DROPOUT
+    main, judged = "discriminator" if kind.detects else "main", 1 if kind.everywhere else share
+    counted = [
         Part(
             "embeddings and projections",
             sum(2 * embedding * hidden for hidden in projected),
-            2 * embedding * (2 * rows + 2 + LAYER_NORM + DROPOUT) + sum(projected),
-        ),
-        _layers("generator layers", config, *narrow),
-        Part(
-            "generator head and vocabulary",
-            share * 2 * embedding * (narrow[0] + vocab_size),
-            share * (embedding * (1 + GELU + LAYER_NORM) + vocab_size * (SOFTMAX + 2)),
-        ),
-        _layers("discriminator layers", config, *wide),
-        Part("discriminator head", 2 * wide[0] * (wide[0] + 1), wide[0] * (1 + GELU)),
+            len(networks) * embedding * lookups + sum(projected),
+        )
     ]
+    if kind.generator:
+        counted.append(_layers("generator layers", config, *narrow))
+        counted.append(_token_head("generator", config, narrow[0], vocab_size, share))
+    counted.append(_layers(f"{main} layers", config, *wide))
+    if kind.detects:
+        products, others = 2 * wide[0] * (wide[0] + 1), wide[0] * (1 + GELU)
+        counted.append(Part("discriminator head", judged * products, judged * others))
+    else:
+        counted.append(_token_head(main, config, wide[0], vocab_size, judged, kind.everywhere))
+    return counted
+
+
+def _token_head(
+    network: str, config: Config, hidden: int, vocab_size: int, share: float, copies: bool = False
+) -> Part:
+    embedding = config.model.embedding_size
+    products = 2 * embedding * (hidden + vocab_size) + copies * 2 * hidden
+    others = embedding * (1 + GELU + LAYER_NORM) + vocab_size * (SOFTMAX + 2)
+    return Part(f"{network} head and vocabulary", share * products, share * others)
 
 
 def _layers(name: str, config: Config, hidden: int, intermediate: int, heads: int) -> Part:

@@ -54,6 +54,7 @@ def prepare() -> Process:
     # Threads that spin while they wait take the cores from those that work: 10 × on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _keep_memory()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends no run
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 

@@ -49,7 +49,7 @@ class Trainer:
         if start.resumes:
             adam_step = portable.torch_optimizer(self.engine).adam_step(start.step - start.skipped)
             portable.restore(self.engine, weights, moments, adam_step)
-        tells_norm = plan.stage > 0 or plan.precision != "fp32"
+        tells_norm = plan.plain or plan.stage > 0 or plan.precision != "fp32"
         self.updater = Updater(self.engine, config, plan.device, tells_norm, plan.graphs)
         peak = peak_flops(plan.device, plan.precision)
         self.peak_tokens = peak and peak * process.world / flops_per_token(
@@ -72,13 +72,20 @@ class Trainer:
                 " must be a folder that all machines share"
             )
 
+    def _check_alone(self) -> None:
+        """Now that the folder is locked: another run may have gone on since the start was found."""
+        if checkpoint.newest_step(self.run, self.start.damaged) > self.start.step:
+            raise FastElectraError(f"another run has gone on in {self.run}: run the command again")
+
     def train(self, max_hours: float | None = None) -> None:
         """Train to the last step, then evaluate and write the last checkpoint.
 
         A signal, or `max_hours` since the start, end it after a step with a checkpoint of it.
         """
-        self.report = Report(self.config, self.start.step) if self.process.leads else None
+        self.report = None
         if self.process.leads:
+            self._check_alone()
+            self.report = Report(self.config, self.start.step)
             for folder in self.start.damaged:
                 checkpoint.set_aside(folder)
             checkpoint.tidy(self.run, self.training.keep_last, self.training.keep_every)
@@ -111,7 +118,7 @@ class Trainer:
             if evaluates:
                 self._evaluate(step)
             if saves:
-                self._save(step, position, last)
+                self._save(step, position, last, last or bool(reason))
             if reason and not last:
                 return f"stopped after step {step:,}: {reason}; the same command goes on"
             if logs:
@@ -151,11 +158,11 @@ class Trainer:
             self.report.write(record)
 
     def _with_total(self, scores: dict[str, float]) -> dict[str, float]:
-        weights = self.config.objective
-        loss = (
-            weights.generator_weight * scores["mlm_loss"]
-            + weights.discriminator_weight * scores["disc_loss"]
-        )
+        objective = self.config.objective
+        main = "disc_loss" if objective.kind.detects else "main_loss"
+        loss = objective.main_weight * scores[main]
+        if objective.kind.generator:
+            loss += objective.generator_weight * scores["mlm_loss"]
         return {"loss": loss, **scores}
 
     @torch.no_grad()
@@ -166,14 +173,14 @@ class Trainer:
         for batch in prefetch(batches, AHEAD):
             meter.add(self.updater.forward(batch)[1])
         self.engine.train()
-        scores = meter.read()
-        if not math.isfinite(scores["mlm_loss"] + scores["disc_loss"]):
+        scores = self._with_total(meter.read())
+        if not math.isfinite(scores["loss"]):
             raise FastElectraError(
                 f"the held-out loss is not a number at step {step}: lower optimizer.peak_lr or"
                 " raise optimizer.warmup_steps, and run the same command again"
             )
         if self.report:
-            self.report.write({"kind": "eval", "step": step, **self._with_total(scores)})
+            self.report.write({"kind": "eval", "step": step, **scores})
             self.report.draw()
             self._complain(step, scores)
 
@@ -186,7 +193,7 @@ class Trainer:
             self.process.say(f"warning: {found[name]}")
         self.complaints = set(found)
 
-    def _save(self, step: int, position: Position, last: bool) -> None:
+    def _save(self, step: int, position: Position, last: bool, ends: bool) -> None:
         """Begin to write a checkpoint, unless it might be one to which there is no sound way back:
         updates are being skipped, and it is not the last, which has just been evaluated."""
         skips = self.updater.skips
@@ -196,6 +203,7 @@ class Trainer:
         self.saver.save(
             self.engine,
             self.corpus.tokenizer_dir,
+            ends,
             step=step,
             position=position.to_dict(),
             config=self.config.to_dict(),

@@ -7,7 +7,6 @@ import torch
 THRESHOLD = 512  # first histogram bin of logits ≥ 0, probability ≥ ½
 COLLAPSED = 0.02  # a discriminator that beats the prior by less has learnt nothing beyond it
 IDLE = 0.9  # of ln(vocabulary): a generator with a greater loss has not even learnt word counts
-COUNTS = ("mlm_loss", "mlm_correct", "masked", "replaced", "disc_loss", "tokens")
 
 
 class Meter:
@@ -15,10 +14,12 @@ class Meter:
 
     def __init__(self):
         self._sums: torch.Tensor | None = None  # float64: counts outgrow float32
+        self._shapes: dict[str, torch.Size] = {}
 
     def add(self, metrics: dict[str, torch.Tensor], valid: torch.Tensor | None = None) -> None:
         """Add one micro-batch's sums, unless `valid` [] is false."""
-        flat = torch.cat([metrics[name].flatten() for name in (*COUNTS, "histogram")])
+        self._shapes = {name: value.shape for name, value in metrics.items()}
+        flat = torch.cat([value.flatten() for value in metrics.values()])
         if valid is not None:
             flat = flat.where(valid, 0)
         if self._sums is None:
@@ -30,8 +31,11 @@ class Meter:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(self._sums)
         sums, self._sums = self._sums.cpu(), None
-        counts = dict(zip(COUNTS, sums.tolist(), strict=False))
-        return scores(counts, sums[len(COUNTS) :].view(2, -1))
+        parts = sums.split([shape.numel() for shape in self._shapes.values()])
+        found = dict(zip(self._shapes, parts, strict=True))
+        histogram = found.pop("histogram", None)
+        counts = {name: value.item() for name, value in found.items()}
+        return scores(counts, None if histogram is None else histogram.view(2, -1))
 
 
 class Skips:
@@ -54,29 +58,38 @@ class Skips:
         self._norms = []
 
 
-def scores(counts: dict[str, float], histogram: torch.Tensor) -> dict[str, float]:
-    """What the sums say; NaN where there was nothing to judge.
+def scores(counts: dict[str, float], histogram: torch.Tensor | None = None) -> dict[str, float]:
+    """What the sums of an objective say, of the networks it has; NaN where there was nothing.
 
     histogram [2, bins]: tokens by the discriminator's logit; row 0 originals, row 1 replaced.
     """
-    masked, tokens, replaced = counts["masked"], counts["tokens"], counts["replaced"]
-    fake_rate = _ratio(replaced, tokens)
-    disc_loss = _ratio(counts["disc_loss"], tokens)
-    prior = entropy(fake_rate)
-    flagged = histogram[:, THRESHOLD:].sum(1).tolist()
-    return {
-        "mlm_loss": _ratio(counts["mlm_loss"], masked),
-        "mlm_accuracy": _ratio(counts["mlm_correct"], masked),  # of the likeliest token
-        "sampled_accuracy": _ratio(masked - replaced, masked),
-        "fake_rate": fake_rate,
-        "disc_loss": disc_loss,
-        "prior_loss": prior,  # H(fake rate): BCE of a constant guess
-        "gain": 1 - _ratio(disc_loss, prior),
-        "precision": _ratio(flagged[1], sum(flagged)),
-        "recall": _ratio(flagged[1], replaced),
-        "auc": area_under_curve(histogram),
-        "tokens": tokens,
-    }
+    masked, tokens, predicted = counts["masked"], counts["tokens"], counts["predicted"]
+    found = {}
+    if "mlm_loss" in counts:
+        found |= {
+            "mlm_loss": _ratio(counts["mlm_loss"], masked),
+            "mlm_accuracy": _ratio(counts["mlm_correct"], masked),  # of the likeliest token
+            "sampled_accuracy": _ratio(masked - counts["replaced"], masked),
+            "fake_rate": _ratio(counts["replaced"], tokens),
+        }
+    if histogram is not None:
+        disc_loss = _ratio(counts["disc_loss"], predicted)
+        prior = entropy(_ratio(counts["replaced"], predicted))
+        flagged = histogram[:, THRESHOLD:].sum(1).tolist()
+        found |= {
+            "disc_loss": disc_loss,
+            "prior_loss": prior,  # H(fake rate): BCE of a constant guess
+            "gain": 1 - _ratio(disc_loss, prior),
+            "precision": _ratio(flagged[1], sum(flagged)),
+            "recall": _ratio(flagged[1], counts["replaced"]),
+            "auc": area_under_curve(histogram),
+        }
+    else:  # a main network that predicts tokens
+        found |= {
+            "main_loss": _ratio(counts["main_loss"], predicted),
+            "main_accuracy": _ratio(counts["main_correct"], predicted),
+        }
+    return {**found, "tokens": tokens}
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -101,16 +114,22 @@ def area_under_curve(histogram: torch.Tensor) -> float:
 def complaints(scores: dict[str, float], vocab_size: int) -> dict[str, str]:
     """What held-out scores say is wrong with a network after warm-up, by its name."""
     found, chance = {}, math.log(vocab_size)
-    if scores["gain"] < COLLAPSED:
+    if scores.get("gain", 1.0) < COLLAPSED:
         found["discriminator"] = (
             f"the discriminator's loss {scores['disc_loss']:.4f} is no better than H(fake rate) ="
             f" {scores['prior_loss']:.4f}: it has learnt nothing beyond the rate of fakes. If this"
             " lasts, lower optimizer.peak_lr or model.generator_fraction"
         )
-    if scores["mlm_loss"] > IDLE * chance:
+    if scores.get("mlm_loss", 0.0) > IDLE * chance:
         found["generator"] = (
             f"the generator's loss {scores['mlm_loss']:.3f} is hardly better than that of a uniform"
             f" guess, ln(vocabulary) = {chance:.3f}: it does not learn. If this lasts, change"
             " optimizer.peak_lr, or raise objective.generator_weight or model.generator_fraction"
+        )
+    if scores.get("main_loss", 0.0) > IDLE * chance:
+        found["main network"] = (
+            f"the main network's loss {scores['main_loss']:.3f} is hardly better than that of a"
+            f" uniform guess, ln(vocabulary) = {chance:.3f}: it does not learn. If this lasts,"
+            " change optimizer.peak_lr"
         )
     return found

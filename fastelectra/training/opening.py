@@ -3,7 +3,7 @@
 import torch
 
 from fastelectra import kernels
-from fastelectra.config import generator_sizes
+from fastelectra.config import ObjectiveConfig, generator_sizes
 from fastelectra.model import attention
 from fastelectra.training.loop import Trainer
 
@@ -19,9 +19,9 @@ def opening(trainer: Trainer) -> list[str]:
         f"run: {trainer.run}, steps {trainer.start.step:,} to {config.training.steps:,}",
         f"corpus: {config.data.path}, {tokens:,} tokens for training ({epochs:.3g} epochs),"
         f" {heldout:,} held out, vocabulary {trainer.corpus.vocab_size:,}",
-        f"model: {trainer.parameters:,} parameters, generator and discriminator together",
+        f"model: {trainer.parameters:,} parameters, {_networks(config.objective)}",
         f"device: {_device(plan.device)} × {process.world}, {plan.precision} ({plan.why}),"
-        f" ZeRO stage {plan.stage}",
+        f" {'without the engine of DeepSpeed' if plan.plain else f'ZeRO stage {plan.stage}'}",
         kernels.describe(plan.device) + ", replayed as CUDA graphs" * plan.graphs,
         _attention(trainer),
         f"batch: {config.training.micro_batch_tokens:,} tokens × {plan.accumulation} micro-batches"
@@ -37,6 +37,12 @@ def opening(trainer: Trainer) -> list[str]:
             " on in the next example, masking is without replacement"
         )
     return lines
+
+
+def _networks(objective: ObjectiveConfig) -> str:
+    kind = objective.kind
+    main = "discriminator" if kind.detects else f"main network ({objective.name})"
+    return f"generator and {main} together" if kind.generator else f"{main} alone"
 
 
 def _device(device: torch.device) -> str:

@@ -1,12 +1,16 @@
 """What a run tells the world: a progress line, metrics.jsonl, TensorBoard, wandb, curves.png."""
 
 import errno
+import fcntl
 import importlib.util
 import json
 import math
 import os
+import threading
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import BinaryIO
 
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
@@ -18,13 +22,17 @@ SKETCHED = {
     "disc_loss": "discriminator loss",
     "prior_loss": "of a constant guess",
     "auc": "AUC of the replaced",
+    "main_loss": "main network's loss",
+    "main_accuracy": "main network's accuracy",
 }
 
 
-def check_outputs(config: Config) -> None:
+def check_outputs(config: Config) -> BinaryIO | None:
     """Make the run folder and see that it can be written; rank 0 calls it before training.
 
-    Raises FastElectraError for a folder without permission, or for wandb asked for and missing.
+    Returns what keeps other runs out of the folder until it is closed, or the process ends. Raises
+    FastElectraError for a folder without permission or of another run that is at work, or for wandb
+    asked for and missing.
     """
     if config.training.wandb_project and importlib.util.find_spec("wandb") is None:
         raise FastElectraError(
@@ -35,12 +43,28 @@ def check_outputs(config: Config) -> None:
         raise FastElectraError("training.output_dir is not set: name the folder of this run")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = _lock(run)
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         _replace(run / "config.json", text)
     except OSError as error:
         raise FastElectraError(
             f"cannot write training.output_dir {run}: {error.strerror}"
         ) from None
+    return lock
+
+
+def _lock(run: Path) -> BinaryIO | None:
+    lock = open(run / "lock", "ab")  # noqa: SIM115  (the caller closes it)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FastElectraError(
+            f"another run is at work in {run}: wait until it has ended, or name another"
+            " training.output_dir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 class Report:
@@ -116,8 +140,9 @@ class Report:
         """The held-out curves in characters, one a line, for a terminal."""
         evaluations = [record for record in self._records if record["kind"] == "eval"]
         return "\n".join(
-            f"{title:>22}  {sparkline([record[name] for record in evaluations])}"
+            f"{title:>23}  {sparkline([record[name] for record in evaluations])}"
             for name, title in SKETCHED.items()
+            if all(name in record for record in evaluations)
         )
 
     def close(self) -> None:
@@ -142,10 +167,7 @@ def train_line(record: dict, steps: int) -> str:
     """One line of progress over the steps since the last one."""
     parts = [
         f"step {record['step']:>{len(f'{steps:,}')},}/{steps:,}",
-        f"mlm {record['mlm_loss']:.3f}",
-        f"disc {record['disc_loss']:.4f} (H {record['prior_loss']:.4f})",
-        f"fake {100 * record['fake_rate']:.1f}%",
-        f"auc {record['auc']:.3f}",
+        *_told(record, ("mlm_loss", "disc_loss", "main", "fake_rate", "auc")),
         f"norm {record['grad_norm']:.2f}",
         f"lr {record['lr']:.2e}",
         f"{_count(record['tokens_per_second'])} tok/s",
@@ -160,18 +182,33 @@ def train_line(record: dict, steps: int) -> str:
 
 def eval_line(record: dict, steps: int) -> str:
     """One line for an evaluation on held-out text."""
-    return "  ".join([
-        f"eval {record['step']:>{len(f'{steps:,}')},}/{steps:,}",
-        f"mlm {record['mlm_loss']:.3f}",
-        f"accuracy {100 * record['mlm_accuracy']:.1f}%",
-        f"sampled {100 * record['sampled_accuracy']:.1f}%",
-        f"disc {record['disc_loss']:.4f} (H {record['prior_loss']:.4f}, gain"
-        f" {100 * record['gain']:.1f}%)",
-        f"fake {100 * record['fake_rate']:.1f}%",
-        f"auc {record['auc']:.3f}",
-        f"precision {record['precision']:.2f}",
-        f"recall {record['recall']:.2f}",
-    ]).replace("nan", "–")  # fmt: skip
+    names = ("mlm_loss", "mlm_accuracy", "sampled_accuracy", "disc_gain", "main", "fake_rate",
+             "auc", "precision", "recall")  # fmt: skip
+    head = f"eval {record['step']:>{len(f'{steps:,}')},}/{steps:,}"
+    return "  ".join([head, *_told(record, names)]).replace("nan", "–")
+
+
+TOLD = {  # of a record that has the scores that it names
+    "mlm_loss": "mlm {mlm_loss:.3f}",
+    "mlm_accuracy": "accuracy {mlm_accuracy:.1%}",
+    "sampled_accuracy": "sampled {sampled_accuracy:.1%}",
+    "disc_loss": "disc {disc_loss:.4f} (H {prior_loss:.4f})",
+    "disc_gain": "disc {disc_loss:.4f} (H {prior_loss:.4f}, gain {gain:.1%})",
+    "main": "main {main_loss:.3f}  accuracy {main_accuracy:.1%}",
+    "fake_rate": "fake {fake_rate:.1%}",
+    "auc": "auc {auc:.3f}",
+    "precision": "precision {precision:.2f}",
+    "recall": "recall {recall:.2f}",
+}
+
+
+def _told(record: dict, names: tuple[str, ...]) -> list[str]:
+    """What TOLD says of these; the scores that the run's objective does not have are left out."""
+    told = []
+    for name in names:
+        with suppress(KeyError):
+            told.append(TOLD[name].format(**record))
+    return told
 
 
 def _count(value: float) -> str:
@@ -193,12 +230,20 @@ def _cut(path: Path, step: int) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-            if record["step"] <= step:
+            if record["step"] <= step and _is_sound(record):
                 records.append(record)
-        except (ValueError, TypeError, KeyError):  # cut short when the run was, or damaged
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
             continue
     _replace(path, "".join(json.dumps(r) + "\n" for r in records))
     return records
+
+
+def _is_sound(record: dict) -> bool:
+    """Whether it can be drawn."""
+    values = (value for name, value in record.items() if name != "kind")
+    return record["kind"] in ("train", "eval") and all(
+        value is None or isinstance(value, int | float) for value in values
+    )
 
 
 def _replace(path: Path, text: str) -> None:
@@ -216,7 +261,14 @@ def _tensorboard(run: Path, step: int):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # the package is optional
         return None
+    threading.excepthook = _told_later
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def _told_later(failed) -> None:
+    """TensorBoard's thread ends when the disk is full; `add_scalar` then raises what it met."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def _wandb(run: Path, config: Config):

@@ -14,7 +14,7 @@ from fastelectra.training import checkpoint
 
 # What decides the batches and what they are trained on; all else may change between two commands.
 FIXED_SECTIONS = ("model", "data")
-FIXED_FIELDS = ("training.seed", "training.micro_batch_tokens")
+FIXED_FIELDS = ("objective.name", "training.seed", "training.micro_batch_tokens")
 FREE_FIELDS = ("data.path", "training.output_dir")  # folders may move; the fingerprint tells
 
 

@@ -19,7 +19,8 @@ class Saver:
     """Writes one checkpoint at a time in a thread; every rank writes its share of the tensors.
 
     A checkpoint that cannot be written is an error on all ranks: `failed` tells of it, `wait`
-    raises it. Unless `training.stop_when_not_saved`: then rank 0 warns, and that is all.
+    raises it. Unless `training.stop_when_not_saved` is false: then rank 0 warns, and that is all,
+    but not of the last one, without which the run would be lost.
     """
 
     def __init__(self, training: TrainingConfig, process: Process):
@@ -28,7 +29,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
 
-    def save(self, engine: DeepSpeedEngine, tokenizer_dir: Path, **state) -> None:
+    def save(self, engine: DeepSpeedEngine, tokenizer_dir: Path, last: bool, **state) -> None:
         """Copy the engine's tensors and begin to write them, after what is still being written.
 
         `state` is that of checkpoint.write_checkpoint. All ranks call it. Raises as `wait`.
@@ -36,7 +37,7 @@ class Saver:
         self.wait()
         share = portable.gather(engine)
         target = checkpoint.checkpoint_folder(self.run, state["step"])
-        self._writing = self._thread.submit(self._write, target, share, tokenizer_dir, state)
+        self._writing = self._thread.submit(self._write, target, share, tokenizer_dir, last, state)
 
     @property
     def failed(self) -> bool:
@@ -51,7 +52,12 @@ class Saver:
             writing.result()
 
     def _write(
-        self, target: Path, share: tuple[Tensors, Tensors], tokenizer_dir: Path, state: dict
+        self,
+        target: Path,
+        share: tuple[Tensors, Tensors],
+        tokenizer_dir: Path,
+        last: bool,
+        state: dict,
     ) -> None:
         rank, world = self.process.rank, self.process.world
         try:
@@ -67,7 +73,7 @@ class Saver:
                         folder.close()  # there it is
                         checkpoint.tidy(self.run, self.training.keep_last, self.training.keep_every)
         except FastElectraError as error:
-            if self.training.stop_when_not_saved:
+            if last or self.training.stop_when_not_saved:
                 raise
             self.process.say(f"warning: {error}; training goes on")
 

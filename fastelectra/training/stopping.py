@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,20 +27,33 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note the first signal; the second ends the process at once."""
-        before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Note the first signal; the second ends the process at once.
+
+        In a thread: Python's handlers run between two steps of the main thread, which may be
+        waiting for a rank that does not answer.
+        """
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        threading.Thread(target=self._note, args=(heard,), daemon=True).start()
+        outer = signal.set_wakeup_fd(told)
+        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(outer)
+            os.close(told)
 
-    def _note(self, number: int, frame) -> None:
-        if self._signal and time.monotonic() > self._at + launch.FORWARDED:
-            os._exit(128 + number)
-        if not self._signal:
-            self._signal, self._at = number, time.monotonic()
-            launch.stopping.set()
+    def _note(self, heard: int) -> None:
+        """`heard` gives the number of each signal, a byte."""
+        while received := os.read(heard, 1):
+            if self._signal and time.monotonic() > self._at + launch.FORWARDED:
+                os._exit(128 + received[0])
+            if not self._signal:
+                self._signal, self._at = received[0], time.monotonic()
+                launch.stopping.set()
+        os.close(heard)
 
     def agreed(self, failed: bool = False) -> str:
         """Why all ranks are to stop now; empty: they go on. All ranks call it after each step.

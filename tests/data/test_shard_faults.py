@@ -194,7 +194,7 @@ def test_bad_bytes_cost_their_line_only(tmp_path):
 
 LARGE = {  # name: content, documents, tokens
     "line.txt": (lambda: f"{'x' * 99} " * 1_000_000, 1, 1_000_000),
-    "line.jsonl": (lambda: '{"text": "%s"}' % (f"{'x' * 99} " * 1_000_000), 1, 1_000_000),
+    "line.jsonl": (lambda: '{"text": "😀 %s"}' % (f"{'x' * 99} " * 335_000), 1, 335_001),
     "tiny.txt": (lambda: "a\n\n" * 1_000_000, 1_000_000, 1_000_000),
 }
 
@@ -202,7 +202,7 @@ LARGE = {  # name: content, documents, tokens
 @pytest.mark.parametrize("name", LARGE)
 def test_a_line_of_100_mb_and_a_million_tiny_documents(name, tmp_path):
     content, documents, tokens = LARGE[name]
-    (tmp_path / name).write_text(content())
+    (tmp_path / name).write_text(content(), encoding="utf-8")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     program = (
         "import re, sys; from fastelectra import cli; cli.main(sys.argv[1:])\n"

@@ -279,6 +279,23 @@ def test_a_jsonl_line_without_end_is_skipped(tmp_path, monkeypatch):
     assert skipped.by_reason().total() == 1
 
 
+def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+    """Memory stays bounded: 64 rows of 4 MB each took 1.1 GB."""
+    taken, iterate = [], pyarrow.parquet.ParquetFile.iter_batches
+
+    def spy(file, batch_size, columns):
+        taken.append(batch_size)
+        return iterate(file, batch_size=batch_size, columns=columns)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", spy)
+    documents = [[f"{n} " + "x" * 1000] for n in range(100)]
+    (tmp_path / "a.parquet").write_bytes(as_parquet(documents))
+    assert read(tmp_path / "a.parquet") == documents
+    monkeypatch.setattr(sources, "ROWS_BYTES", 3000)
+    assert read(tmp_path / "a.parquet") == documents
+    assert taken == [64, 2]
+
+
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
 def test_a_missing_package_is_named(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)

@@ -100,7 +100,7 @@ def test_shared_embeddings_are_one_parameter_used_by_all():
     batch = packed_batch(LENGTHS, VOCAB_SIZE)
     parts = []
     for weights in ((1.0, 0.0), (0.0, 50.0)):
-        part = tiny(objective=ObjectiveConfig(*weights))
+        part = tiny(objective=ObjectiveConfig("electra", *weights))
         parts.append(losses_and_gradients(part, [batch])["gradients"]["embeddings.word"])
     both = losses_and_gradients(model, [batch])["gradients"]["embeddings.word"]
     assert parts[0].abs().sum() > 0

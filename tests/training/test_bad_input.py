@@ -1,5 +1,6 @@
 """What a user can get wrong: one clear line each, before anything is written."""
 
+import json
 import resource
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, launch
 from fastelectra.training.engine import plan_engine, start_engine
 from fastelectra.training.launch import Process
+from fastelectra.training.loop import Trainer
 from fastelectra.training.report import check_outputs
-from fastelectra.training.resume import find_start, load_weights
+from fastelectra.training.resume import Start, find_start, load_weights
 
 ALONE = Process(rank=0, world=1)
 
@@ -123,8 +125,27 @@ def test_outputs_that_cannot_be_written(corpus, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_one_run_at_a_time_in_a_folder(corpus, trained):
+    first, other = (config_with(corpus, trained, training={"steps": s}) for s in (20, 30))
+    lock = check_outputs(first)
+    with pytest.raises(FastElectraError, match=r"another run is at work in .*/run: wait"):
+        check_outputs(other)
+    assert json.loads((trained / "config.json").read_text())["training"]["steps"] == 20
+    lock.close()
+    check_outputs(other).close()
+
+
+def test_a_run_that_went_on_since_the_start_was_found(trained):
+    trainer = Trainer.__new__(Trainer)
+    trainer.run, trainer.start = trained, Start(step=5)
+    trainer._check_alone()
+    trainer.start = Start(step=4)
+    with pytest.raises(FastElectraError, match="another run has gone on in"):
+        trainer._check_alone()
+
+
 def test_a_full_disk_leaves_the_old_settings(corpus, tmp_path):
-    check_outputs(config_with(corpus, tmp_path))
+    check_outputs(config_with(corpus, tmp_path)).close()
     before = (tmp_path / "config.json").read_text()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # stands in for a full disk
@@ -134,7 +155,7 @@ def test_a_full_disk_leaves_the_old_settings(corpus, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "config.json").read_text() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.json", "lock"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,42 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, tokenizer_dir):
     for path in target.rglob("*"):
         if path.is_file():
             assert path.stat().st_mode == usual.stat().st_mode, path
+
+
+def test_what_cannot_be_removed_does_not_matter(tmp_path, tokenizer_dir):
+    """As a checkpoint that another program reads over NFS; a link stands in for it."""
+    run = tmp_path / "run"
+    kept, *_ = write(run, 5, tokenizer_dir)
+    (run / "checkpoints" / "step-00000001").symlink_to(tmp_path)
+    checkpoint.tidy(run, keep_last=1)
+    assert checkpoint.complete_checkpoints(run) == [kept]
+
+
+def test_of_the_tokenizer_its_own_files_are_taken_and_must_have_checksums(tmp_path, tokenizer_dir):
+    (tokenizer_dir / ".ipynb_checkpoints").mkdir()
+    (tokenizer_dir / "notes.txt").write_text("of the user")
+    target, *_ = write(tmp_path / "run", 5, tokenizer_dir)
+    assert [path.name for path in (target / "tokenizer").iterdir()] == ["vocab.txt"]
+    (target / "notes.txt").write_text("of the user")
+    checkpoint.verify(target)
+    (target / "tokenizer" / "tokenizer.json").symlink_to("/etc/hostname")
+    with pytest.raises(FastElectraError, match=r"SHA256SUMS lacks tokenizer/tokenizer\.json"):
+        checkpoint.verify(target)
+
+
+def test_tensors_are_mapped_not_copied(tmp_path, tokenizer_dir):
+    """Memory that is the process's own stays free; ranks of a machine share what the disk holds."""
+
+    def own() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) >> 10
+
+    target, weights, _ = write(tmp_path / "run", 5, tokenizer_dir, size=32 << 20)
+    del weights
+    before = own()
+    weights = checkpoint.read_weights(target)
+    assert weights["a.weight"].sum() > 0  # all of its 128 MiB are read
+    assert own() < before + 32
 
 
 def test_a_failed_write_leaves_nothing(tmp_path, tokenizer_dir):

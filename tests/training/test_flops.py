@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastelectra import cli
-from fastelectra.config import load_config
+from fastelectra.config import OBJECTIVES, load_config
 from fastelectra.training.flops import PAPER_VOCABULARY, flops_per_token, paper_flops_per_token
 from fastelectra.training.flops import parts as parts_of
 
@@ -23,6 +23,32 @@ def test_the_paper_s_count_is_google_s_script_s(name, run):
     config = preset(name)
     tokens = config.training.steps * config.training.batch_tokens
     assert paper_flops_per_token(config, PAPER_VOCABULARY) * tokens == pytest.approx(run, 1e-3)
+
+
+def test_the_paper_s_bert_small_takes_its_1450000_steps():
+    config = preset("small")
+    config.objective.name = "mlm"
+    count = paper_flops_per_token(config, PAPER_VOCABULARY)
+    assert count * 1.45e6 * config.training.batch_tokens == pytest.approx(1.41874e18, 1e-3)
+
+
+def test_objectives_differ_by_what_they_do():
+    config = preset("small")
+    counts = {}
+    for name in OBJECTIVES:
+        config.objective.name = name
+        parts = parts_of(config, PAPER_VOCABULARY, 0.15)
+        counts[name] = sum(part.products for part in parts)
+        assert 3 * counts[name] == flops_per_token(config, PAPER_VOCABULARY)
+    judging = 2 * 256 * 257
+    predicting = 2 * 128 * (256 + PAPER_VOCABULARY)
+    generating = 0.15 * 2 * 128 * (64 + PAPER_VOCABULARY) + 2 * 64 * 128
+    layers = 12 * 2 * (64 * 64 * 4 + 2 * 64 * 256 + 2 * 128 * 64)
+    assert counts["electra_15"] == pytest.approx(counts["electra"] - 0.85 * judging)
+    without = counts["electra"] - judging
+    assert counts["replace_mlm"] == pytest.approx(without + 0.15 * predicting)
+    assert counts["all_tokens_mlm"] == pytest.approx(without + predicting + 2 * 256)
+    assert counts["mlm"] == pytest.approx(counts["replace_mlm"] - generating - layers)
 
 
 @pytest.mark.parametrize(
@@ -53,3 +79,7 @@ def test_command_prints_parts_and_run(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("total") and "70.22" in line for line in lines)
     assert any(line.startswith("FLOP a run") and "2.587e+18" in line for line in lines)
+    assert cli.main(["flops", "--config", file, "--set", "objective.name=mlm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("main head and vocabulary") for line in lines)
+    assert not any("generator" in line or "discriminator" in line for line in lines)

@@ -49,7 +49,8 @@ def stand_in(module, sample):
     return call
 
 
-NAMES = ["mlm_loss", "mlm_correct", "masked", "replaced", "disc_loss", "tokens", "histogram"]
+NAMES = ["masked", "tokens", "mlm_loss", "mlm_correct", "replaced", "predicted", "disc_loss",
+         "histogram"]  # fmt: skip
 
 
 @pytest.fixture

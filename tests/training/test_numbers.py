@@ -83,7 +83,8 @@ def test_scores_from_counts_and_histogram():
     histogram = torch.zeros(2, 1024, dtype=torch.float64)
     np.add.at(histogram.numpy(), (labels.astype(int), bins), 1)
     counts = {"mlm_loss": 3200.0, "mlm_correct": 300.0, "masked": 750.0,
-              "replaced": float(labels.sum()), "disc_loss": 1500.0, "tokens": 5000.0}  # fmt: skip
+              "replaced": float(labels.sum()), "disc_loss": 1500.0, "tokens": 5000.0,
+              "predicted": 5000.0}  # fmt: skip
     result = scores(counts, histogram)
     assert result["auc"] == pytest.approx(sklearn_metrics.roc_auc_score(labels, bins), rel=1e-12)
     flagged = bins >= 512

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 from launching import tiny_config
@@ -67,3 +68,37 @@ def test_training_goes_on_when_logs_cannot_be_written(report, tmp_path, monkeypa
     printed = capsys.readouterr().out
     assert printed.count("warning: cannot write reports to") == 1
     assert "No space left on device; training goes on" in printed
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"kind": "eval", "step": 1, "mlm_loss": "6"}', '{"step": 1}', "[" * 10_000,
+     '{"kind": "else", "step": 1}', '{"kind": "train", "step": 1, "auc": [1]}'],
+)  # fmt: skip
+def test_damaged_records_are_left_out(corpus, tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    Report(config_from_dict(tiny_config(corpus, tmp_path)), 5)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_records_of_another_version_are_drawn(report, tmp_path):
+    """Those of the first line have no scores at all."""
+    report.write({**EVAL, "step": 6})
+    report.draw()
+    report.sketch()
+    assert report.picture.exists()
+
+
+def test_tensorboard_on_a_disk_without_room_is_warned_of_once(corpus, tmp_path, capsys):
+    """Its thread fails; that its folder is gone stands in for the full disk."""
+    report = Report(config_from_dict(tiny_config(corpus, tmp_path, tensorboard=True)), 5)
+    report.write({**EVAL, "step": 6})
+    report.draw()
+    shutil.rmtree(tmp_path / "tensorboard")
+    for step in range(7, 12):
+        report.write({**EVAL, "step": step})
+        report.draw()
+    report.close()
+    printed = capsys.readouterr()
+    assert printed.out.count("warning: cannot write reports to") == 1
+    assert "Traceback" not in printed.err

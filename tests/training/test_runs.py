@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(straight, corpus):
     assert tokenizer.read_bytes() == (corpus / "tokenizer" / "vocab.txt").read_bytes()
     assert load_pretrained(run).has_generator
     for expected in (
-        r"fp32 \(as asked\), ZeRO stage 0",
+        r"fp32 \(as asked\), without the engine of DeepSpeed",
         r"batch: 400 tokens × 2 micro-batches × 1 processes = 800 tokens a step",
         r"kernels: compiled loops for the CPU",
         r"attention: ",
@@ -117,6 +117,51 @@ def test_resuming_is_exact_in_the_same_world(straight, corpus, train, tmp_path):
     code, output = train(COMMAND, tiny_config(corpus, run))
     assert code == 0, output
     assert "this run is finished" in output
+
+
+def test_another_objective_trains_and_resumes(corpus, train, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run")
+    config["model"]["embedding_sharing"] = "tokens"
+    config["objective"] = {"name": "all_tokens_mlm", "disallow_correct": True}
+    code, output = train(PLAIN, config)
+    assert code == 0, output
+    for expected in (
+        r"generator and main network \(all_tokens_mlm\) together",
+        r"step +5/20 +mlm [\d.]+ +main [\d.]+ +accuracy [\d.]+% +fake [\d.]+% +norm ",
+        r"eval +20/20 +mlm [\d.]+ .*main [\d.]+ +accuracy [\d.]+% +fake",
+        r"main network's loss +[\d.]+ .* [\d.]+\n",
+    ):
+        assert re.search(expected, output), expected
+    expected = records(tmp_path / "run")
+    assert expected[-1]["main_loss"] < expected[0]["main_loss"] - 0.2
+    assert "disc_loss" not in expected[0]
+
+    again = interrupted(tmp_path / "run", 10, tmp_path / "again")
+    config["training"]["output_dir"] = str(again)
+    code, output = train(PLAIN, {**config, "objective": {"name": "electra"}})
+    assert code == 2
+    assert "was trained with objective.name = all_tokens_mlm, now it is electra" in output
+    code, output = train(PLAIN, config)
+    assert code == 0, output
+    timed = ("tokens_per_second", "seconds_left")
+    assert [{**record, **dict.fromkeys(timed)} for record in records(again)] == [
+        {**record, **dict.fromkeys(timed)} for record in expected
+    ]
+    ends = (checkpoint.read_weights(checkpoint.resolve(run)) for run in (again, tmp_path / "run"))
+    for ours, theirs in zip(*(end.items() for end in ends), strict=True):
+        assert ours[0] == theirs[0]
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_bert_trains(corpus, train, tmp_path):
+    config = {**tiny_config(corpus, tmp_path / "run"), "objective": {"name": "mlm"}}
+    code, output = train(PLAIN, config)
+    assert code == 0, output
+    assert "main network (mlm) alone" in output
+    assert not re.search(r"fake|auc|disc |generator", output)
+    evaluated = [record for record in records(tmp_path / "run") if record["kind"] == "eval"]
+    assert evaluated[1]["main_loss"] < evaluated[0]["main_loss"]
+    assert (tmp_path / "run/curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def merged(batches: list[Batch]) -> Batch:
@@ -193,7 +238,7 @@ def test_starting_from_given_weights(straight, corpus, train, tmp_path):
     code, output = train(PLAIN, config)
     assert code == 0, output
     assert "weights from" in output
-    assert "bf16 (as asked), ZeRO stage 1" in output
+    assert "bf16 (as asked), without the engine of DeepSpeed" in output
     given = checkpoint.read_weights(checkpoint.resolve(straight[0]))
     kept = checkpoint.read_weights(checkpoint.resolve(tmp_path / "run"))
     for name, weight in given.items():  # the first update has learning rate 0
@@ -232,11 +277,14 @@ def test_a_loss_that_is_not_a_number_is_skipped_and_then_ends_the_run(corpus, tr
     assert list((run / "checkpoints").iterdir()) == []
 
 
-def test_a_held_out_loss_that_is_not_a_number_ends_the_run(corpus, train, tmp_path):
+def test_a_held_out_loss_that_is_not_a_number_ends_the_run(corpus, train, tmp_path, monkeypatch):
+    """On a terminal that lacks our characters, which ends nothing."""
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     config = tiny_config(corpus, tmp_path / "run", steps=1)
     config["optimizer"] = {"peak_lr": 1e30, "warmup_steps": 0}
     code, output = train(PLAIN, config)
     assert code == 2, output
+    assert r"batch: 400 tokens \xd7 2 micro-batches" in output
     assert re.search("^error: the held-out loss is not a number at step 1: l", output, re.MULTILINE)
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 

@@ -26,9 +26,9 @@ def saver(process, corpus, step_batches, tmp_path):
     saver = Saver(config.training, process)
     saver.disk = threading.Event()
 
-    def save(step):
+    def save(step, last=False):
         saver.save(
-            engine, opened.tokenizer_dir, step=step, position={}, config={}, vocab_size=1,
+            engine, opened.tokenizer_dir, last, step=step, position={}, config={}, vocab_size=1,
             special_tokens={}, fingerprint="", skipped=0,
         )  # fmt: skip
         return engine
@@ -85,6 +85,9 @@ def test_what_the_thread_could_not_do_is_told(saver, monkeypatch, tmp_path, caps
         saver.at(2)
     saver.wait()
     assert not saver.failed
+    saver.at(3, last=True)
+    with pytest.raises(FastElectraError, match="step-00000003"):
+        saver.wait()
     told = capsys.readouterr().out.count("Permission denied; training goes on")
     assert told == (0 if stops else 2)
     assert list((tmp_path / "checkpoints").iterdir()) == []

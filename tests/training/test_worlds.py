@@ -16,17 +16,23 @@ from fastelectra.training import checkpoint
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
 BIN = Path(sys.executable).parent
-PLACES = list(product((1, 2), range(4)))  # (ranks, stage)
+PLACES = [
+    (1, "none"),
+    *product((1, 2), range(4)),
+]  # (ranks, stage), first without DeepSpeed's engine
 PAIRS = list(product(PLACES, PLACES))
 if "FASTELECTRA_PAIRS" not in os.environ:  # each place once on either side, ranks and stage change
-    PAIRS = [(a, (3 - a[0], (a[1] + 1) % 4)) for a in PLACES]
+    PAIRS = [(a, (3 - a[0], (a[1] + 1) % 4)) for a in PLACES[1:]]
+    PAIRS += [((1, "none"), (2, 3)), ((2, 1), (1, "none"))]
 SCORES = ("loss", "mlm_loss", "disc_loss", "auc", "fake_rate", "mlm_accuracy", "grad_norm")
 
 
-def config_at(corpus: Path, run: Path, stage: int) -> Path:
+def config_at(corpus: Path, run: Path, stage: int | str, bf16: bool = False) -> Path:
     """Eight logged steps; checkpoints after four and eight."""
     config = tiny_config(corpus, run, steps=8, log_every=1, eval_every=8, checkpoint_every=4)
-    config["deepspeed"] |= {"zero_optimization": {"stage": stage}}
+    config["deepspeed"] = {"bf16": {"enabled": bf16}}
+    if stage != "none":
+        config["deepspeed"]["zero_optimization"] = {"stage": stage}
     path = run.with_suffix(".json")
     path.write_text(json.dumps(config))
     return path
@@ -97,6 +103,17 @@ def test_a_checkpoint_goes_on_at_any_place(corpus, saved, tmp_path):
     for run in runs:
         assert checkpoint.resolve(run).name == "step-00000008"
         assert_same_run(run, saved[1, 0], tolerance=1e-4)
+
+
+def test_bf16_goes_on_to_the_bit(corpus, tmp_path):
+    straight = [tmp_path / f"stage-{stage}" for stage in range(4)]
+    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in enumerate(straight)])
+    again = [shutil.copytree(run, tmp_path / f"{run.name}-again") for run in straight]
+    for run in again:
+        shutil.rmtree(checkpoint.checkpoint_folder(run, 8))
+    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in enumerate(again)])
+    for ours, theirs in zip(again, straight, strict=True):
+        assert_same_run(ours, theirs, tolerance=0)
 
 
 def torchrun_nodes(port: str) -> list[list[str]]:
