@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 
 import pytest
 from launching import tiny_config
@@ -89,8 +90,11 @@ def test_records_of_another_version_are_drawn(report, tmp_path):
     assert report.picture.exists()
 
 
-def test_tensorboard_on_a_disk_without_room_is_warned_of_once(corpus, tmp_path, capsys):
+def test_tensorboard_on_a_disk_without_room_is_warned_of_once(
+    corpus, tmp_path, capsys, monkeypatch
+):
     """Its thread fails; that its folder is gone stands in for the full disk."""
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's
     report = Report(config_from_dict(tiny_config(corpus, tmp_path, tensorboard=True)), 5)
     report.write({**EVAL, "step": 6})
     report.draw()
