@@ -56,7 +56,7 @@ GPU = Setting(
 )  # fmt: skip
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run what has not been run yet; write JSON and picture; print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -69,7 +69,7 @@ def main() -> int:
     for name in ("tokens", "points", "seeds", "epochs"):
         add(f"--{name}", type=int, metavar="N", help="default: the setting's")
     add("--lr", type=float, help="of fine-tuning; default: the setting's")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     named = {name: getattr(args, name) for name in ("tokens", "points", "seeds", "epochs", "lr")}
     setting = GPU if args.gpu else CPU
     given = {name: value for name, value in named.items() if value is not None}
