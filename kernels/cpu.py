@@ -25,7 +25,8 @@ OPTIONS = {
 
 try:
     import numba
-    from llvmlite import binding, ir
+    from llvmlite import ir
+    from numba.core.codegen import get_host_cpu_features
     from numba.extending import intrinsic, overload
 
     def _cache_folder() -> str:
@@ -66,9 +67,9 @@ try:
             return hash(_BFloat)
 
     BFLOAT = _BFloat()
-    # unless numba is asked to compile for another CPU than this one
+    # of what numba compiles for, which may have been asked to be less than this CPU
     HAS_BF16 = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and (
-        binding.get_host_cpu_features().get("avx512bf16", False)
+        "+avx512bf16" in get_host_cpu_features()
     )
 
 except ImportError:  # the loops are then never called

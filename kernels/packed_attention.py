@@ -91,7 +91,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
             _probabilities(p, rows, length, root, lse, first + o, head, seed, bits, threshold)
             for i in range(rows):
                 for j in range(length):
-                    p[i, j] = p[i, j] if p[i, j] > ZERO else ZERO
+                    p[i, j] = ZERO if p[i, j] < ZERO else p[i, j]  # a NaN stays
             kept = as_along(room, p, rows, length)
             set_product(total, kept, 0, False, values, 0, rows, length, size)
             _write(out, total, rows, size, first + o, column, scale)
@@ -133,10 +133,10 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
             for i in range(rows):
                 along = ZERO
                 for j in range(length):
-                    kept = p[i, j] if p[i, j] > ZERO else ZERO
+                    kept = ZERO if p[i, j] < ZERO else p[i, j]
                     along += kept * ds[i, j]
                 for j in range(length):
-                    kept = p[i, j] if p[i, j] > ZERO else ZERO
+                    kept = ZERO if p[i, j] < ZERO else p[i, j]
                     ds[i, j] = (kept * ds[i, j] - abs(p[i, j]) * along) * scale
                     p[i, j] = kept
             left = as_along(room, ds, rows, length)

@@ -15,9 +15,9 @@ from fastelectra.errors import FastElectraError
 from fastelectra.tasks.table import TASKS, Task
 
 HUB = "hub"  # --data
-ENDINGS = (".tsv", ".txt", ".jsonl", ".parquet")
+ENDINGS = (".tsv", ".txt", ".jsonl", ".parquet", "-00000-of-00001.parquet")  # the last: the hub's
 IDS = ("index", "id", "idx")  # columns that number the examples
-UNSETTLED = ("-", "")  # labels on which annotators did not agree: such examples are left out
+UNSETTLED = "-"  # a label in MNLI on which annotators did not agree: the example is left out
 
 Record = dict[str, object]
 
@@ -100,7 +100,8 @@ def _open(task: Task, path: Path) -> tuple[str, list[str], Iterator[Record]]:
 
 def _tsv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     text = path.read_bytes().decode("utf-8-sig")
-    rows = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line]
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    rows = [line.split("\t") for line in lines if line]
     if not rows:
         raise FastElectraError(f"{path} is empty")
     names = rows[0]
@@ -123,7 +124,9 @@ def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
             raise FastElectraError(f"{path}, line {number}: not a JSON object")
         if record is not None:
             records.append(record)
-    return list(records[0]) if records else [], iter(records)
+    if not records:
+        raise FastElectraError(f"{path} is empty")
+    return list(records[0]), iter(records)
 
 
 def _parquet(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
@@ -199,15 +202,16 @@ def _read(
     for place, record in enumerate(records):
         value = None if label is None else record.get(label)
         lacking = any(record.get(name) is None for name in texts)
-        if not testing and (lacking or value is None or value in UNSETTLED):
+        if not testing and (lacking or _is_none(task, value)):
             short.append(place)
             continue
         found.append(tuple(_text(record.get(name)) for name in texts))
         labels.append(value)
-        ids.append(str(place if number is None else record.get(number, place)))
+        name = place if number is None else record.get(number, place)
+        ids.append(" ".join(_text(name).split()))  # predictions are lines with tabs
     if not found:
         raise FastElectraError(f"{where} has no examples")
-    hidden = testing and all(value in (None, -1, "-1", "") for value in labels)
+    hidden = testing and all(_is_none(task, value) or value in (-1, "-1") for value in labels)
     numbers = None if hidden else [_number(task, value, where, i) for i, value in enumerate(labels)]
     left_out = short and (
         f"warning: {where}: left out {len(short):,} of {len(short) + len(found):,} rows, which lack"
@@ -225,21 +229,28 @@ def _column(where: str, names: list[str], wanted: tuple[str, ...], required: boo
     return found
 
 
+def _is_none(task: Task, value: object) -> bool:
+    """Whether it is no label."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value in (None, "") or (value == UNSETTLED and task.name != "custom")
+
+
 def _text(value: object) -> str:
     """Nothing is an empty text; half characters, which JSON can hold, become question marks."""
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 
 def _number(task: Task, value: object, where: str, place: int) -> float:
-    """A label as a number: the class by its name or number, or the value divided by the scale."""
-    text = str(value)
+    """A label as a number: the class by its name or, in GLUE, its number; or value / scale."""
+    text = _text(value)
     try:
         if text in task.labels:
             return task.labels.index(text)
         number = float(text)
         if not task.labels and math.isfinite(number):
             return number / task.scale
-        if number in range(len(task.labels)):
+        if task.name != "custom" and number in range(len(task.labels)):
             return int(number)
     except ValueError:
         pass
@@ -250,7 +261,7 @@ def _number(task: Task, value: object, where: str, place: int) -> float:
 def _with_labels(task: Task, where: str, names: Iterable[str], records: Iterator[Record]) -> Task:
     """A custom task with what its training labels say: classes, or numbers with a fraction."""
     column = _column(where, list(names), task.label)
-    values = {str(r[column]) for r in records if r.get(column) not in (None, *UNSETTLED)}
+    values = {_text(r[column]) for r in records if not _is_none(task, r.get(column))}
     try:
         numbers = [float(value) for value in values]
     except ValueError:

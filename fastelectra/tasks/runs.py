@@ -23,6 +23,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
@@ -56,7 +57,8 @@ class Runs:
     def __init__(
         self, task: Task, start: Pretrained, options: Options, out: Path, device: torch.device
     ):
-        self.start, self.options, self.out, self.device = start, options, out, device
+        self.start = replace(start, head=None)  # what it was tuned for before had another head
+        self.options, self.out, self.device = options, out, device
         self.task, self.splits = reading.read_task(task, options.data)
         outputs = len(self.task.labels) or 1
         if outputs > pretrained.most_outputs(start.model):
@@ -76,8 +78,10 @@ class Runs:
         )
         self.identity = {
             "task": task.name,
+            "labels": list(self.task.labels),
             "settings": asdict(self.settings),
-            "weights": _fingerprint(start.weights),
+            "weights": _fingerprint(start),
+            "tokenizer": _fingerprint_of_tokenizer(start.tokenizer),
             "data": {name: _fingerprint_of_split(split) for name, split in self.splits.items()},
         }
 
@@ -147,11 +151,10 @@ class Runs:
             shutil.rmtree(self._folder(run["seed"]) / MODEL, ignore_errors=True)
         write_submission(self.options.submission, self.task, self._folder(best), self.splits)
         results = {
-            "task": self.task.name,
+            **self.identity,
             "metric": metric,
             "model": self.options.model,
             "data_folder": self.options.data,
-            **{key: self.identity[key] for key in ("settings", "weights", "data")},
             "examples": {name: len(split.texts) for name, split in self.splits.items()},
             "runs": [{"seed": run["seed"], **run["scores"], "seconds": run["seconds"]}
                      for run in found],
@@ -234,11 +237,20 @@ def _percent(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
-def _fingerprint(weights: dict[str, torch.Tensor]) -> str:
-    crc = 0
-    for name in sorted(weights):
-        crc = crc32(weights[name].contiguous().numpy(), crc)
+def _fingerprint(start: Pretrained) -> str:
+    """Of the weights, and of what changes a model without being seen in them."""
+    model = start.model
+    crc = crc32(repr((model.heads, model.dropout, model.attention_dropout)).encode())
+    for name in sorted(start.weights):
+        crc = crc32(start.weights[name].contiguous().numpy(), crc)
     return f"{crc:08x}"
+
+
+def _fingerprint_of_tokenizer(tokenizer: Tokenizer) -> str:
+    """Of its entries, and of what it makes of capitals and accents."""
+    entries = sorted(tokenizer.get_vocab().items())
+    ids = tokenizer.encode("An É, an e and an é", add_special_tokens=False).ids
+    return f"{crc32(repr((entries, ids)).encode('utf-8', 'replace')):08x}"
 
 
 def _fingerprint_of_split(split: Split) -> str:
@@ -263,19 +275,18 @@ def run_all(tasks: Sequence[Runs], process: Process) -> None:
     """Run what is not done yet; processes take turns, and wait for each other at the end."""
     for runs in tasks:
         runs.out.mkdir(parents=True, exist_ok=True)
-    # what was done is checked before anything is run
-    jobs = [(runs, seed, runs.is_done(seed)) for runs in tasks for seed in runs.seeds]
+    jobs = [(runs, seed) for runs in tasks for seed in runs.seeds]
+    done = [(runs, seed) for runs, seed in jobs if runs.is_done(seed)]  # before any is run
+    for runs, seed in done:
+        process.say(f"{runs.task.name} seed {seed}  done before")
     if process.world > 1:
         torch.distributed.barrier()  # all have seen the same
-    for runs, seed, is_done in jobs[process.rank :: process.world]:
+    for runs, seed in [job for job in jobs if job not in done][process.rank :: process.world]:
 
         def say(text: str, title: str = f"{runs.task.name} seed {seed}") -> None:
             sys.stdout.write(f"{title}  {text}\n")  # at once: lines of other processes come between
             sys.stdout.flush()
 
-        if is_done:
-            say("done before")
-        else:
-            runs.run(seed, say)
+        runs.run(seed, say)
     if process.world > 1:
         torch.distributed.barrier()

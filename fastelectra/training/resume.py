@@ -131,6 +131,6 @@ def _check_shapes(folder: Path, theirs: checkpoint.Tensors, ours: checkpoint.Ten
         a, b = (list(t[name].shape) if name in t else None for t in (theirs, ours))
         if a != b:
             raise FastElectraError(
-                f"{folder} does not fit the model section of the config: {name} is {a} there and"
-                f" {b} here"
+                f"{folder} does not fit the model section of the config or its objective: {name} is"
+                f" {a} there and {b} here"
             )

@@ -92,6 +92,13 @@ def test_without_instructions_for_bf16():
     assert run.returncode == 0, run.stdout
 
 
+def test_numba_may_be_kept_from_vector_instructions():
+    code = "from fastelectra.kernels.cpu import *; print(HAS_BF16, to_bf16(ONE))"
+    run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "NUMBA_ENABLE_AVX": "0"},
+                         capture_output=True, text=True, check=False)  # fmt: skip
+    assert run.stdout.split() == ["False", str(0x3F80)], run.stderr
+
+
 @every_op
 @every_type
 def test_two_runs_are_bitwise_equal(name, dtype):
@@ -123,6 +130,21 @@ def test_not_a_number_is_passed_on(name):
     with torch.no_grad():
         inputs[0][33] = torch.nan
     assert kernel_cases.operation(name)(*inputs).isnan().any()
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["query", "key"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_attention_passes_on_a_score_that_is_not_a_number(which, value):
+    boundaries = torch.tensor([0, 5, 38], dtype=torch.int32)
+    qkv = torch.randn(38, 3, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    qkv[20, which, 0, 0] = value  # values are sound: only probabilities can tell
+    qkv.requires_grad_()
+    seen = []
+    for attention in (kernels.packed_attention, kernels.packed_attention_reference):
+        out = attention(qkv, boundaries, 0.0, torch.tensor([0]))
+        seen.append([out.isnan(), torch.autograd.grad(out.square().sum(), qkv)[0].isnan()])
+    assert seen[1][0].any()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])

@@ -224,6 +224,39 @@ def test_a_fine_tuned_model_is_read_as_it_was(checkpoint, official, tmp_path):
     assert model.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
 
 
+def test_a_new_task_has_a_new_head(checkpoint, official, tmp_path):
+    def weights_of(model, task, seed):
+        out = tmp_path / f"{model.name}-{task}-{seed}"
+        arguments = ["--task", task, "--data", official, "--out", out, "--epochs", 1]
+        assert fastelectra("finetune", "--model", model, *arguments, "--seeds", seed + 1) == 0
+        return out
+
+    start = weights_of(checkpoint, "mnli", 0)  # three outputs; one step at a rate of 0
+    for task in ("rte", "sts-b", "mnli"):
+        once, again = (weights_of(model, task, 1) for model in (checkpoint, start))
+        for name in ("seed-1/dev.tsv", "model/model.safetensors"):
+            assert (once / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_what_else_makes_another_run(checkpoint, official, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert fastelectra("export", checkpoint, other) == 0
+    arguments = ["--task", "rte", "--data", official, "--out", tmp_path / "o", "--epochs", 1]
+    assert fastelectra("finetune", "--model", other, *arguments) == 0
+    config = other / "discriminator" / "config.json"
+    before, changed = config.read_text(), json.loads(config.read_text())
+    changed["num_attention_heads"] = 1
+    config.write_text(json.dumps(changed))
+    assert fastelectra("finetune", "--model", other, *arguments) == 2
+    assert "seed-0 was made with weights = " in capsys.readouterr().err
+    config.write_text(before)
+    tokenizer = other / "discriminator" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('"lowercase":true', '"lowercase":false'))
+    tokenizer.write_text(tokenizer.read_text().replace('"lowercase": true', '"lowercase": false'))
+    assert fastelectra("finetune", "--model", other, *arguments) == 2
+    assert "seed-0 was made with tokenizer = " in capsys.readouterr().err
+
+
 def test_a_custom_task(checkpoint, tmp_path):
     rows = [f"the {word} came\t{label}" for word, label in (("war", "bad"), ("peace", "good"))] * 8
     for name in ("train", "dev"):

@@ -149,12 +149,12 @@ def check_records(splits):
     assert (splits["test"].labels, splits["test"].ids) == (None, ["3"])
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "-00000-of-00001.parquet"])
 def test_other_formats(tmp_path, kind):
     (tmp_path / "mnli").mkdir()
     for name, records in RECORDS.items():
-        path = tmp_path / "mnli" / f"{name}.{kind}"
-        if kind == "jsonl":
+        path = tmp_path / "mnli" / f"{name}{kind}"
+        if kind == ".jsonl":
             path.write_text("".join(f"{json.dumps(record)}\n\n" for record in records))
         else:
             parquet.write_table(pyarrow.Table.from_pylist(records), path)
@@ -201,6 +201,47 @@ def test_labels_of_a_custom_task(tmp_path):
     task, splits = read_task(custom("a,b", "c"), str(tmp_path))
     assert (task.labels, task.scale, splits["train"].labels) == ((), 2.5, [-1, 0.4])
     assert task.metrics == ("spearman", "pearson")
+
+
+def test_names_of_a_custom_task_are_not_numbers(tmp_path):
+    write_custom(tmp_path, ["x\ty\t1", "x\ty\t2", "x\ty\t3"])
+    for label in ("0", "1.0"):  # not the first class, nor the second
+        (tmp_path / "dev.tsv").write_text(f"a\tb\tc\nx\ty\t{label}\n")
+        with pytest.raises(FastElectraError, match=f"label '{label}' is not one of 1, 2, 3"):
+            read_task(custom("a", "c"), str(tmp_path))
+    write_custom(tmp_path, ["x\ty\t+", "x\ty\t-"])  # in MNLI the second is no label
+    assert read_task(custom("a", "c"), str(tmp_path))[0].labels == ("+", "-")
+
+
+def test_odd_values_of_json(tmp_path):
+    rows = [
+        '{"a": "x", "c": NaN}',
+        '{"a": 1, "c": 0.5}',
+        '{"a": null, "c": 1}',
+        '{"a": "", "c": 1}',
+    ]
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "test.jsonl").write_text(r'{"a": "\ud800", "id": "n\to\n\ud800"}')
+    task, splits = read_task(custom("a", "c"), str(tmp_path))
+    assert (task.labels, splits["train"].labels) == ((), [0.5, 1.0])
+    assert splits["train"].texts == [("1",), ("",)]
+    assert "left out 2 of 4 rows" in splits["train"].left_out
+    assert (splits["test"].texts, splits["test"].ids) == ([("?",)], ["n o ?"])
+    (tmp_path / "train.jsonl").write_text('{"a": "x", "c": "\\ud800"}\n{"a": "x", "c": "b"}')
+    (tmp_path / "dev.jsonl").write_text('{"a": "x", "c": "b"}')
+    assert read_task(custom("a", "c"), str(tmp_path))[0].labels == ("?", "b")
+    (tmp_path / "dev.jsonl").write_text("\n")
+    with pytest.raises(FastElectraError, match=r"dev\.jsonl is empty"):
+        read_task(custom("a", "c"), str(tmp_path))
+
+
+def test_a_blank_line_is_no_example(tmp_path):
+    for name, lines in OFFICIAL["RTE"].items():
+        (tmp_path / name).write_bytes("".join(f"{line}\r\n" for line in [*lines, ""]).encode())
+    splits = read_task(TASKS["rte"], str(tmp_path))[1]
+    assert [len(split.texts) for split in splits.values()] == [1, 1, 1]
+    assert splits["train"].left_out == ""
 
 
 @pytest.mark.parametrize(

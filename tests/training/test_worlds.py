@@ -106,14 +106,17 @@ def test_a_checkpoint_goes_on_at_any_place(corpus, saved, tmp_path):
 
 
 def test_bf16_goes_on_to_the_bit(corpus, tmp_path):
-    straight = [tmp_path / f"stage-{stage}" for stage in range(4)]
-    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in enumerate(straight)])
-    again = [shutil.copytree(run, tmp_path / f"{run.name}-again") for run in straight]
-    for run in again:
+    straight = {stage: tmp_path / f"stage-{stage}" for stage in ("none", *range(4))}
+    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in straight.items()])
+    again = {
+        stage: shutil.copytree(run, tmp_path / f"{run.name}-again")
+        for stage, run in straight.items()
+    }
+    for run in again.values():
         shutil.rmtree(checkpoint.checkpoint_folder(run, 8))
-    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in enumerate(again)])
-    for ours, theirs in zip(again, straight, strict=True):
-        assert_same_run(ours, theirs, tolerance=0)
+    launch(1, [config_at(corpus, run, stage, bf16=True) for stage, run in again.items()])
+    for stage, run in again.items():
+        assert_same_run(run, straight[stage], tolerance=0)
 
 
 def torchrun_nodes(port: str) -> list[list[str]]:

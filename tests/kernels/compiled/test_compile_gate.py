@@ -103,7 +103,7 @@ def test_every_launch_of_a_preset(preset, dtype, capability):
 
 
 def assert_good(recorded, capability):
-    recorded, bad = list(recorded), []
+    bad = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # most of the work is ptxas'
         compiled = list(threads.map(lambda launch: aot.compiled(launch, capability), recorded))
     for launch, code in zip(recorded, compiled, strict=True):
