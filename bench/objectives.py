@@ -3,10 +3,10 @@
     python bench/objectives.py [--gpu] [--large TEXT…] [--out bench/results/NAME]
 
 Each objective trains the same model from the same seed on the same batches, with the same schedule,
-for as many steps as cost the same matrix products (MFU's count of `fastelectra flops`; the paper's
-is recorded too). Checkpoints on the way, and the untrained weights, are fine-tuned with
-`fastelectra finetune` from several seeds each. Two processes at a time on a CPU. The same command
-goes on where it was stopped; WORK/*/log says what every run printed.
+for as many steps as cost the same FLOPs (MFU's count of `fastelectra flops`, which has every layer
+in full; the paper's is recorded too). Checkpoints on the way, and the untrained weights, are
+fine-tuned with `fastelectra finetune` from several seeds each, two at a time on a CPU. The same
+command goes on where it was stopped; WORK/logs has what every run printed.
 """
 
 import argparse
@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
     setting = Setting(**{**asdict(setting), **given, "changes": changes})
     result = Experiment(setting, Path(args.work), args.large, args.gpu).run(args.objectives)
     out = Path(args.out)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, out.with_suffix(".png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, Path(f"{out}.png"))
     print("\n".join(lines(result)), f"wrote {out}.json and {out}.png", sep="\n")
     return 0
 
@@ -93,6 +94,7 @@ class Experiment:
 
     def run(self, objectives: list[str]) -> dict:
         """Everything; returns what was measured."""
+        self._check_work()
         source = self.texts or ["--demo"]
         if not (self.corpus_folder / "manifest.json").is_file():
             self._command("corpus", ["prepare", *source, "--out", str(self.corpus_folder)])
@@ -112,7 +114,7 @@ class Experiment:
         tokens = sum(len(shard.tokens) for shard in self.corpus.split("train"))
         return {
             "provenance": provenance(),
-            "setting": {**asdict(self.setting), "text": self.texts or "demo", "gpu": self.gpu},
+            "setting": json.loads((self.work / "setting.json").read_text()),
             "corpus": {"tokens": tokens, "vocabulary": self.corpus.vocab_size,
                        "fingerprint": self.corpus.fingerprint},
             "word_overlap": stsb.word_overlap(self.task),
@@ -120,6 +122,21 @@ class Experiment:
             "objectives": {name: self._told(name, config, scores)
                            for name, config in configs.items()},
         }  # fmt: skip
+
+    def _check_work(self) -> None:
+        """Raises FastElectraError where the folder has runs of another experiment."""
+        told = {**asdict(self.setting), "text": self.texts or "demo", "gpu": self.gpu}
+        told = json.loads(json.dumps(told))
+        file = self.work / "setting.json"
+        if file.is_file():
+            found = json.loads(file.read_text())
+            for name in (name for name in told if told[name] != found.get(name)):
+                raise FastElectraError(
+                    f"{self.work} has runs with {name} = {found.get(name)}, now it is {told[name]}:"
+                    " name another --work"
+                )
+        self.work.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(told) + "\n")
 
     def config(self, objective: str) -> Config:
         """Of an objective's run: as many steps as cost what electra's cost."""
