@@ -34,7 +34,8 @@ class Stop:
         """
         heard, told = os.pipe()
         os.set_blocking(told, False)
-        threading.Thread(target=self._note, args=(heard,), daemon=True).start()
+        listener = threading.Thread(target=self._note, args=(heard,), daemon=True)
+        listener.start()
         outer = signal.set_wakeup_fd(told)
         before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         try:
@@ -44,6 +45,7 @@ class Stop:
                 signal.signal(number, handler)
             signal.set_wakeup_fd(outer)
             os.close(told)
+            listener.join()  # or it may be the last to hold the group, and abort the exit with it
 
     def _note(self, heard: int) -> None:
         """`heard` gives the number of each signal, a byte."""

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from launching import PLAIN, deepspeed, environment, tiny_config, torchrun
 
-from fastelectra.training import checkpoint
+from fastelectra.training import checkpoint, stopping
 
 KILLS = int(os.environ.get("FASTELECTRA_KILLS", "5"))
 STEPS = 60
@@ -213,6 +214,16 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(start, tmp_path):
         os.kill(front.pid, signal.SIGTERM)
         time.sleep(0.5)
     assert front.wait(timeout=20) == 128 + signal.SIGTERM
+
+
+def test_no_listener_is_left(monkeypatch):
+    """One that ended with the interpreter, the last to hold the group, would abort the process."""
+    monkeypatch.setattr(torch.distributed, "new_group", lambda backend: None)
+    threads = threading.enumerate()
+    for _ in range(20):
+        with stopping.Stop().listening():
+            pass
+        assert threading.enumerate() == threads
 
 
 def test_max_hours(corpus, train, tmp_path):
