@@ -51,6 +51,11 @@ class Plan:
     device: torch.device
     graphs: bool  # whether forward and backward are replayed as CUDA graphs
 
+    @property
+    def tells_norm(self) -> bool:
+        """Whether the engine knows the gradients' norm: DeepSpeed at stage 0 in fp32 does not."""
+        return self.plain or self.stage > 0 or self.precision != "fp32"
+
 
 def plan_engine(config: Config, process: Process) -> Plan:
     """Check `config.deepspeed` and complete it. Raises FastElectraError naming the wrong field."""

@@ -49,8 +49,7 @@ class Trainer:
         if start.resumes:
             adam_step = portable.torch_optimizer(self.engine).adam_step(start.step - start.skipped)
             portable.restore(self.engine, weights, moments, adam_step)
-        tells_norm = plan.plain or plan.stage > 0 or plan.precision != "fp32"
-        self.updater = Updater(self.engine, config, plan.device, tells_norm, plan.graphs)
+        self.updater = Updater(self.engine, config, plan.device, plan.tells_norm, plan.graphs)
         peak = peak_flops(plan.device, plan.precision)
         self.peak_tokens = peak and peak * process.world / flops_per_token(
             config, corpus.vocab_size
