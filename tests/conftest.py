@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastelectra import cli
 
@@ -16,3 +17,12 @@ def corpus(tmp_path_factory) -> Path:
     arguments = ["prepare", str(TEXT), "--out", str(out), "--vocab-size", "1000"]
     assert cli.main([*arguments, "--heldout-fraction", "0.3", "--workers", "1"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads that wait for each other cost more than such small tensors gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

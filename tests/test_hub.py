@@ -35,13 +35,7 @@ BIASED = replace(ODD, embedding_size=24, generator_fraction=0.3333, hidden_size=
 SENTENCES = ["the people of the united states", "fellow citizens of the senate", "war"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than such small tensors gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -195,3 +195,20 @@ def assert_follows(distribution, sampled, groups=20):
     statistic = ((observed - expected)[used].square() / expected[used]).sum()
     freedom = (used.sum() - 1).double()
     assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-5
+
+
+def assert_error_is_small(name, rows, width, dtype, slack_of_sums=1e-6):
+    """The 2× rule: errors against fp64 are at most twice PyTorch's in the same precision.
+
+    slack_of_sums: allowed in 16 bit, relative, of a scalar output, whose errors may cancel.
+    """
+    low = make(name, rows, width, dtype)
+    exact = [convert(value, torch.float64) for value in low]
+    truth = with_gradients(reference(name), exact)
+    plain = with_gradients(reference(name), low)
+    fused = with_gradients(operation(name), low)
+    for place, (t, p, f) in enumerate(zip(truth, plain, fused, strict=True)):
+        assert f.dtype == p.dtype
+        slack = 1e-6 if t.ndim or dtype == torch.float32 else slack_of_sums
+        allowed = 2 * (p.double() - t).norm() + slack * t.norm()
+        assert (f.double() - t).norm() <= allowed, f"output {place}"

@@ -54,16 +54,7 @@ def cases(monkeypatch):
 @every_type
 @pytest.mark.parametrize(("rows", "width"), [(300, 64), (70, 37), (513, 16)])
 def test_error_is_at_most_twice_that_of_pytorch(name, dtype, rows, width):
-    low = kernel_cases.make(name, rows, width, dtype)
-    exact = [kernel_cases.convert(value, torch.float64) for value in low]
-    truth = kernel_cases.with_gradients(kernel_cases.reference(name), exact)
-    plain = kernel_cases.with_gradients(kernel_cases.reference(name), low)
-    loops = kernel_cases.with_gradients(kernel_cases.operation(name), low)
-    for place, (t, p, ours) in enumerate(zip(truth, plain, loops, strict=True)):
-        assert ours.dtype == p.dtype
-        slack = 1e-6 if t.ndim or dtype == torch.float32 else 1e-4  # a sum's errors may cancel
-        allowed = 2 * (p.double() - t).norm() + slack * t.norm()
-        assert (ours.double() - t).norm() <= allowed, f"output {place}"
+    kernel_cases.assert_error_is_small(name, rows, width, dtype, slack_of_sums=1e-4)
 
 
 @every_op

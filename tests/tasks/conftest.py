@@ -4,17 +4,12 @@ import os
 from dataclasses import replace
 
 import pytest
-import torch
 from checkpoints import ODD, fastelectra, write_checkpoint
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost more than such small tensors gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    pass
 
 
 @pytest.fixture(autouse=True)

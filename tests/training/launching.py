@@ -1,11 +1,14 @@
-"""A tiny configuration, and the commands that train with it as a user would."""
+"""A tiny configuration, the commands that train with it as a user would, and two runs compared."""
 
 import os
 import socket
 import sys
 from pathlib import Path
 
+import torch
+
 import fastelectra
+from fastelectra.training import checkpoint
 
 TRAIN = Path(fastelectra.__file__).parent / "train.py"
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -55,3 +58,15 @@ def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def assert_same_checkpoint(run: Path, expected: Path, tolerance: float) -> None:
+    """Newest checkpoints of one step and position; weights and moments within the tolerance."""
+    ours, theirs = checkpoint.resolve(run), checkpoint.resolve(expected)
+    assert ours.name == theirs.name
+    assert checkpoint.read_state(ours)["position"] == checkpoint.read_state(theirs)["position"]
+    for read in (checkpoint.read_weights, checkpoint.read_moments):
+        a, b = read(ours), read(theirs)
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)

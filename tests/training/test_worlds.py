@@ -9,8 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
-from launching import TRAIN, environment, free_port, tiny_config
+from launching import TRAIN, assert_same_checkpoint, environment, free_port, tiny_config
 
 from fastelectra.training import checkpoint
 
@@ -60,13 +59,7 @@ def assert_same_run(run: Path, expected: Path, tolerance: float) -> None:
         for name in SCORES:
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), name
-    ours, theirs = checkpoint.resolve(run), checkpoint.resolve(expected)
-    assert checkpoint.read_state(ours)["position"] == checkpoint.read_state(theirs)["position"]
-    for read in (checkpoint.read_weights, checkpoint.read_moments):
-        a, b = read(ours), read(theirs)
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
+    assert_same_checkpoint(run, expected, tolerance)
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,7 @@ every_op = pytest.mark.parametrize("name", kernel_cases.CASES)
 @every_op
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_at_most_twice_that_of_pytorch(name, dtype):
-    check_error(name, 24, 40, dtype)
-
-
-def check_error(name, rows, width, dtype):
-    low = kernel_cases.make(name, rows, width, dtype)
-    exact = [kernel_cases.convert(value, torch.float64) for value in low]
-    truth = kernel_cases.with_gradients(kernel_cases.reference(name), exact)
-    plain = kernel_cases.with_gradients(kernel_cases.reference(name), low)
-    fused = kernel_cases.with_gradients(kernel_cases.operation(name), low)
-    for place, (t, p, f) in enumerate(zip(truth, plain, fused, strict=True)):
-        assert f.dtype == p.dtype
-        allowed = 2 * (p.double() - t).norm() + 1e-6 * t.norm()
-        assert (f.double() - t).norm() <= allowed, f"output {place}"
+    kernel_cases.assert_error_is_small(name, 24, 40, dtype)
 
 
 @every_op
@@ -61,7 +49,7 @@ def test_column_sums_of_many_rows():
 
 
 def test_narrow_head_with_tiles_of_wide_rows():
-    check_error("flash_cross_entropy", 70, 200, torch.bfloat16)
+    kernel_cases.assert_error_is_small("flash_cross_entropy", 70, 200, torch.bfloat16)
 
 
 @pytest.mark.skipif(kernel_cases.ON_GPU, reason="needs fp64")
