@@ -204,16 +204,17 @@ def _is_checkpoint(path: Path) -> bool:
 def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest undamaged checkpoint of a run, and what is wrong with each newer one.
 
-    (None, {}) if there are none. Raises FastElectraError if all are damaged.
+    (None, {}) if there are none. Raises FastElectraError if all are damaged, or an undamaged one
+    cannot be read, as one of a newer version.
     """
     damaged = {}
     for folder in reversed(_step_folders(run)):
         try:
             verify(folder)
-            read_state(folder)
         except FastElectraError as error:
             damaged[folder] = str(error)
         else:
+            read_state(folder)
             return folder, damaged
     if damaged:
         raise FastElectraError(
@@ -259,7 +260,10 @@ def read_state(folder: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FastElectraError(f"cannot read the checkpoint's {path}: {error!r}") from None
     if form != FORMAT:
-        raise FastElectraError(f"{path} has format {form}, this version reads format {FORMAT}")
+        raise FastElectraError(
+            f"{path} has format {form!r}, this version reads format {FORMAT}: install the version"
+            " of fastelectra that wrote it"
+        )
     state.setdefault("skipped", 0)
     for key, kind in KEYS.items():
         if key not in state:

@@ -93,6 +93,17 @@ def test_damage_is_noticed_and_an_older_checkpoint_taken(tmp_path, tokenizer_dir
         checkpoint.newest_good(run)
 
 
+def test_one_of_a_newer_version_is_no_damaged_one(tmp_path, tokenizer_dir):
+    run = tmp_path / "run"
+    write(run, 5, tokenizer_dir)
+    newest, *_ = write(run, 10, tokenizer_dir)
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps(state | {"format": 2}))
+    checkpoint.write_sums(newest)
+    with pytest.raises(FastElectraError, match=r"format 2, this version reads format 1: install"):
+        checkpoint.newest_good(run)
+
+
 def test_some_checkpoints_are_kept_for_good(tmp_path, tokenizer_dir):
     run = tmp_path / "run"
     for step in range(5, 50, 5):
