@@ -125,7 +125,7 @@ def _settings(
     parts = (found[first : first + 1000] for first in range(0, len(found), 1000))
     with ThreadPoolExecutor(args.workers) as pool:  # what waits in it takes 1 kB a file
         digests = [digest for part in parts for digest in pool.map(_digest, part)]
-    used: dict[str, Source] = {}
+    used: dict[bytes, Source] = {}
     for source, (digest, problem) in zip(found, digests, strict=True):
         if problem:
             skipped.add(source.path, problem)
@@ -135,15 +135,15 @@ def _settings(
             used[digest] = source
     if not used:
         raise FastElectraError(f"there is no text in the input{skipped}")
-    root = _root(used.values())
-    inputs = [
-        {
-            "name": source.path.resolve().relative_to(root).as_posix(),
-            "bytes": source.size,
-            "sha256": digest,
-        }
-        for digest, source in used.items()
-    ]
+    root, contents = _root(used.values()), hashlib.sha256()
+    for digest, source in used.items():
+        name = os.path.relpath(os.path.realpath(source.name), root)
+        contents.update(digest + os.fsencode(name) + b"\0")
+    inputs = {
+        "files": len(used),
+        "bytes": sum(source.size for source in used.values()),
+        "sha256": contents.hexdigest(),  # of each file's content and name
+    }
     words: dict = {"lowercase": not args.cased, "strip_accents": not _keeps_accents(args)}
     if args.vocab:
         words = {} if args.vocab.endswith(".json") else words
@@ -161,17 +161,18 @@ def _settings(
     return list(used.values()), settings
 
 
-def _digest(source: Source) -> tuple[str, str]:
+def _digest(source: Source) -> tuple[bytes, str]:
     """The SHA-256 of its content, or why it is of no use."""
     try:
-        return file_sha256(source.path), "" if source.size else "empty"
+        return bytes.fromhex(file_sha256(source.path)), "" if source.size else "empty"
     except OSError as error:
-        return "", error.strerror
+        return b"", error.strerror
 
 
 def _root(sources: Iterable[Source]) -> Path:
     """The folder that all of them are in."""
-    return Path(os.path.commonpath([source.path.resolve().parent for source in sources]))
+    folders = {os.path.dirname(os.path.realpath(source.name)) for source in sources}
+    return Path(os.path.commonpath(folders))
 
 
 def _keeps_accents(args: argparse.Namespace) -> bool:

@@ -29,13 +29,18 @@ ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file."""
+    """One input file. A path is kept as text, a third of the size: there may be a million."""
 
-    path: Path
+    name: str
     kind: str  # one of KINDS
     compression: str  # one of COMPRESSIONS, or empty
     size: int  # bytes as stored
     changed: int  # when, in nanoseconds
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return Path(self.name)
 
     @property
     def text_bytes(self) -> int:
@@ -95,38 +100,38 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         if path.is_dir():
             candidates = _below(path)
         elif path.exists():
-            if _suffixes(path) is None:
+            if _suffixes(name) is None:
                 raise FastElectraError(f"{path}: unknown kind of file; {_expected()}")
-            candidates = [path]
+            candidates = [str(path)]
         else:
-            matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            matches = sorted(glob.glob(name, recursive=True))
             if not matches:
                 raise FastElectraError(f"{name}: no such file or folder")
             candidates = [file for match in matches for file in _below(match) or [match]]
-        files = [file for file in candidates if _suffixes(file) is not None and file.is_file()]
+        files = [file for file in candidates if _suffixes(file) and os.path.isfile(file)]
         if not files:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
         for file in files:
             with suppress(FileNotFoundError):  # gone since it was listed
-                about = file.stat()
+                about = os.stat(file)
                 source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
                 found.setdefault(os.path.realpath(file), source)
     return list(found.values())
 
 
-def _below(folder: Path) -> list[Path]:
+def _below(folder: str | Path) -> list[str]:
     """What lies below a folder, in order, but nothing hidden; empty for a file."""
     found = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if "tokenizer_config.json" not in files:  # vocab.txt is no text
-            found += [Path(place, name) for name in files if not name.startswith(".")]
-    return sorted(found)
+            found += [str(Path(place, name)) for name in files if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # folder by folder
 
 
-def _suffixes(path: Path) -> tuple[str, str] | None:
+def _suffixes(name: str) -> tuple[str, str] | None:
     """(kind, compression) by the name's ending; None if unknown."""
-    name = path.name.lower()
+    name = name.lower()
     compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
     name = name.removesuffix(compression)
     kind = next((ending for ending in KINDS if name.endswith(ending)), None)
