@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 
@@ -130,14 +131,14 @@ def _settings(
         if problem:
             skipped.add(source.path, problem)
         elif digest in used:
-            skipped.add(source.path, "a copy of another file", used[digest].path.name)
+            skipped.add(source.path, "a copy of another file", os.path.basename(used[digest].path))
         else:
             used[digest] = source
     if not used:
         raise FastElectraError(f"there is no text in the input{skipped}")
     root, contents = _root(used.values()), hashlib.sha256()
     for digest, source in used.items():
-        name = os.path.relpath(os.path.realpath(source.name), root)
+        name = os.path.relpath(os.path.realpath(source.path), root)
         contents.update(digest + os.fsencode(name) + b"\0")
     inputs = {
         "files": len(used),
@@ -164,15 +165,15 @@ def _settings(
 def _digest(source: Source) -> tuple[bytes, str]:
     """The SHA-256 of its content, or why it is of no use."""
     try:
-        return bytes.fromhex(file_sha256(source.path)), "" if source.size else "empty"
+        return bytes.fromhex(file_sha256(Path(source.path))), "" if source.size else "empty"
     except OSError as error:
         return b"", error.strerror
 
 
 def _root(sources: Iterable[Source]) -> Path:
     """The folder that all of them are in."""
-    folders = {os.path.dirname(os.path.realpath(source.name)) for source in sources}
-    return Path(os.path.commonpath(folders))
+    folders = (os.path.dirname(os.path.realpath(source.path)) for source in sources)
+    return Path(reduce(lambda a, b: os.path.commonpath((a, b)), folders))
 
 
 def _keeps_accents(args: argparse.Namespace) -> bool:

@@ -9,7 +9,6 @@ OUT/{train,heldout}-00000.lines       little-endian uint32: tokens of each line,
 """
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -74,14 +73,12 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Of all the rest, and so of every byte of the corpus."""
-        text = json.dumps([FORMAT, asdict(self)], sort_keys=True)  # names may be no UTF-8
+        text = json.dumps([FORMAT, asdict(self)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, path: Path) -> None:
         values = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
-        text = io.StringIO()  # json.dumps would hold millions of pieces: those of a list of files
-        json.dump(values, text, indent=1)
-        write_durably(path, f"{text.getvalue()}\n")
+        write_durably(path, f"{json.dumps(values, indent=1)}\n")
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":

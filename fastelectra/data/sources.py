@@ -1,16 +1,18 @@
 """Input files to documents: .txt, .jsonl and .parquet, each also as .gz or .zst."""
 
+import errno
 import glob
 import gzip
 import io
 import json
 import os
 import shutil
+import stat
 import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,18 +31,13 @@ ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file. A path is kept as text, a third of the size: there may be a million."""
+    """One input file."""
 
-    name: str
+    path: str  # a third of a Path's size: there may be a million
     kind: str  # one of KINDS
     compression: str  # one of COMPRESSIONS, or empty
     size: int  # bytes as stored
     changed: int  # when, in nanoseconds
-
-    @property
-    def path(self) -> Path:
-        """Where it is."""
-        return Path(self.name)
 
     @property
     def text_bytes(self) -> int:
@@ -53,7 +50,7 @@ class Skipped:
     """What of the input is left out: by file and reason, how often, and where first."""
 
     def __init__(self):
-        self._found: dict[tuple[Path, str], list] = {}
+        self._found: dict[tuple[str, str], list] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -64,7 +61,7 @@ class Skipped:
         more = "; …" if len(self._found) > 3 else ""
         return f" (skipped: {'; '.join(named)}{more})" if named else ""
 
-    def add(self, path: Path, reason: str, place: str = "") -> None:
+    def add(self, path: str, reason: str, place: str = "") -> None:
         """Count one more of them; `reason` is the same for all of a kind."""
         self._found.setdefault((path, reason), [0, place])[0] += 1
 
@@ -78,7 +75,11 @@ class Skipped:
     def to_jsonl(self, root: Path) -> str:
         """A line for each file and reason, names relative to `root`."""
         records = (
-            {"file": os.path.relpath(path.resolve(), root), "reason": reason, "count": count}
+            {
+                "file": os.path.relpath(os.path.realpath(path), root),
+                "reason": reason,
+                "count": count,
+            }
             | ({"first": place} if place else {})
             for (path, reason), (count, place) in self._found.items()
         )
@@ -100,7 +101,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
         if path.is_dir():
             candidates = _below(path)
         elif path.exists():
-            if _suffixes(name) is None:
+            if _suffixes(str(path)) is None:
                 raise FastElectraError(f"{path}: unknown kind of file; {_expected()}")
             candidates = [str(path)]
         else:
@@ -108,21 +109,37 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
             if not matches:
                 raise FastElectraError(f"{name}: no such file or folder")
             candidates = [file for match in matches for file in _below(match) or [match]]
-        files = [file for file in candidates if _suffixes(file) and os.path.isfile(file)]
-        if not files:
-            raise FastElectraError(f"{name}: no text in there; {_expected()}")
-        for file in files:
-            with suppress(FileNotFoundError):  # gone since it was listed
-                about = os.stat(file)
+        some = False
+        for file in filter(_suffixes, candidates):
+            about = _about(file)
+            if about and stat.S_ISREG(about.st_mode):
+                some = True
                 source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
                 found.setdefault(os.path.realpath(file), source)
+        if not some:
+            raise FastElectraError(f"{name}: no text in there; {_expected()}")
     return list(found.values())
+
+
+def _about(file: str) -> os.stat_result | None:
+    """None if it is gone since it was listed, or is a link to nothing."""
+    try:
+        return os.stat(file)
+    except OSError as error:
+        _unless_gone(error)
+        return None
+
+
+def _unless_gone(error: OSError) -> None:
+    """What cannot be looked at for another reason must not be missing from the corpus unsaid."""
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        raise error
 
 
 def _below(folder: str | Path) -> list[str]:
     """What lies below a folder, in order, but nothing hidden; empty for a file."""
     found = []
-    for place, folders, files in os.walk(folder):
+    for place, folders, files in os.walk(folder, onerror=_unless_gone):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if "tokenizer_config.json" not in files:  # vocab.txt is no text
             found += [str(Path(place, name)) for name in files if not name.startswith(".")]

@@ -239,6 +239,7 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     if _is_checkpoint(path):
         verify(path)
+        read_state(path)
         return path
     found, damaged = newest_good(path)
     for reason in damaged.values():
@@ -262,7 +263,7 @@ def read_state(folder: Path) -> dict:
     if form != FORMAT:
         raise FastElectraError(
             f"{path} has format {form!r}, this version reads format {FORMAT}: install the version"
-            " of fastelectra that wrote it"
+            " of fastelectra that wrote it, or move that checkpoint out of the way"
         )
     state.setdefault("skipped", 0)
     for key, kind in KEYS.items():

@@ -41,21 +41,22 @@ class Stop:
         try:
             yield
         finally:
+            signal.set_wakeup_fd(outer)
+            os.write(told, b"\0")
+            listener.join()  # or it may be the last to hold the group, and abort the exit with it
+            os.close(told)
+            os.close(heard)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.set_wakeup_fd(outer)
-            os.close(told)
-            listener.join()  # or it may be the last to hold the group, and abort the exit with it
 
     def _note(self, heard: int) -> None:
-        """`heard` gives the number of each signal, a byte."""
-        while received := os.read(heard, 1):
+        """`heard` gives the number of each signal, a byte, and 0 to end."""
+        while number := os.read(heard, 1)[0]:
             if self._signal and time.monotonic() > self._at + launch.FORWARDED:
-                os._exit(128 + received[0])
+                os._exit(128 + number)
             if not self._signal:
-                self._signal, self._at = received[0], time.monotonic()
+                self._signal, self._at = number, time.monotonic()
                 launch.stopping.set()
-        os.close(heard)
 
     def agreed(self, failed: bool = False) -> str:
         """Why all ranks are to stop now; empty: they go on. All ranks call it after each step.

@@ -1,7 +1,10 @@
 """Files of every kind to documents; what cannot be read is named."""
 
+import errno
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -136,7 +139,7 @@ class TestFinding:
         (tmp_path / "link.txt").symlink_to(tmp_path / "b/2.txt")
 
         def names(*inputs):
-            return [source.path.relative_to(tmp_path).as_posix() for source in find_sources(inputs)]
+            return [os.path.relpath(source.path, tmp_path) for source in find_sources(inputs)]
 
         assert names(str(tmp_path)) == ["3.jsonl", "a/1.txt.gz", "b/2.txt"]
         assert names(f"{tmp_path}/*/*.txt*") == ["a/1.txt.gz", "b/2.txt"]
@@ -249,7 +252,23 @@ class TestChanging:
             return found
 
         monkeypatch.setattr(sources, "_below", vanish)
-        assert [source.path.name for source in find_sources([str(tmp_path)])] == ["a.txt"]
+        assert [Path(source.path).name for source in find_sources([str(tmp_path)])] == ["a.txt"]
+
+    @pytest.mark.parametrize("call", ["stat", "scandir"])
+    def test_what_cannot_be_looked_at_is_an_error(self, tmp_path, monkeypatch, call):
+        (tmp_path / "folder").mkdir()
+        for name in ("a.txt", "folder/b.txt"):
+            (tmp_path / name).write_text(name)
+        look = getattr(os, call)
+
+        def refuse(path, *args, **options):
+            if "folder" in os.fspath(path):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return look(path, *args, **options)
+
+        monkeypatch.setattr(os, call, refuse)
+        with pytest.raises(PermissionError, match="folder"):
+            find_sources([str(tmp_path)])
 
 
 OTHER_FIELD = {
