@@ -18,7 +18,6 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from fastelectra.data.pages import largest_page
 from fastelectra.errors import FastElectraError
 
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -26,9 +25,8 @@ COMPRESSIONS = (".gz", ".zst")
 COMPRESSION_RATIO = 3  # about, of English text
 ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
 LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
-RECORD_BYTES = 1 << 25  # a longer record is skipped: in a .jsonl file it takes up to 13 × its size
+RECORD_BYTES = 1 << 25  # a longer line of a .jsonl file is skipped: it takes up to 13 × its size
 ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
-PAGE_BYTES = 256 << 20  # .parquet files with a longer page are skipped; writers make them of 1 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +224,9 @@ class Reader:
             if len(record) == RECORD_BYTES:
                 while record and not record.endswith(b"\n"):
                     record = stream.readline(RECORD_BYTES)
-                self.skipped.add(source.path, _too_long("line"), where)
+                self.skipped.add(
+                    source.path, f"line is longer than {RECORD_BYTES >> 20} MiB", where
+                )
                 continue
             try:
                 text = record.decode("utf-8-sig" if number == 1 else "utf-8").replace("\0", "")
@@ -253,22 +253,9 @@ class Reader:
         with _seekable(stream, source) as seekable:
             try:
                 file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
-                self._check_pages(file.metadata, seekable)
                 yield from self._rows(source, file)
             except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
                 raise _Unreadable("damaged or not Parquet from some place on") from None
-
-    def _check_pages(self, metadata, stream: BinaryIO) -> None:
-        """pyarrow unpacks a page as a whole, at about twice its size."""
-        for group in map(metadata.row_group, range(metadata.num_row_groups)):
-            for column in map(group.column, range(group.num_columns)):
-                if (
-                    column.path_in_schema == self.field
-                    and column.total_uncompressed_size > PAGE_BYTES
-                    and largest_page(stream, _start(column), column.total_compressed_size)
-                    > PAGE_BYTES
-                ):
-                    raise _Unreadable(f"has a page larger than {PAGE_BYTES >> 20} MiB")
 
     def _rows(self, source: Source, file) -> Iterator[str | None]:
         names = file.schema_arrow.names
@@ -285,11 +272,6 @@ class Reader:
         for batch in file.iter_batches(batch_size=rows, columns=[self.field]):
             for value in batch.column(0):
                 row += 1
-                if hasattr(value, "as_buffer") and value.is_valid:  # text
-                    size = value.as_buffer().size
-                    if size > RECORD_BYTES:
-                        self.skipped.add(source.path, _too_long("row"), f"row {row}")
-                        continue
                 try:
                     text = value.as_py()
                 except UnicodeDecodeError:
@@ -313,16 +295,6 @@ class Reader:
             return
         yield from (line for line in _lines(stream) if line)
         yield None
-
-
-def _too_long(record: str) -> str:
-    return f"{record} is longer than {RECORD_BYTES >> 20} MiB"
-
-
-def _start(column) -> int:
-    """Where a column of a .parquet file begins: at its dictionary, if it has one."""
-    places = column.dictionary_page_offset, column.data_page_offset
-    return min(filter(None, places), default=0)
 
 
 def _decompressed(raw: BinaryIO, source: Source) -> BinaryIO:

@@ -2,11 +2,8 @@
 
 import errno
 import gzip
-import io
 import json
 import os
-import random
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow
@@ -16,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastelectra.data import pages, sources
+from fastelectra.data import sources
 from fastelectra.data.sources import Reader, Skipped, find_sources
 from fastelectra.errors import FastElectraError
 
@@ -198,49 +195,6 @@ def test_what_is_damaged_is_skipped_and_listed(name, tmp_path):
     assert record == {"file": name, "reason": reason, "count": count} | (
         {"first": first[0]} if first else {}
     )
-
-
-@pytest.fixture
-def texts():
-    return ["".join(random.Random(row).choices("abcdefgh", k=900)) for row in range(600)]
-
-
-@pytest.mark.parametrize("compression", ["none", "snappy"])
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("dictionary", [True, False])
-def test_pages_of_parquet_are_bounded(
-    tmp_path, texts, monkeypatch, compression, version, dictionary
-):
-    options = {"compression": compression, "data_page_version": version, "write_batch_size": 10,
-               "use_dictionary": dictionary, "write_page_checksum": dictionary}  # fmt: skip
-    for name, size in (("small", 20_000), ("large", 1 << 20)):
-        table = pyarrow.table({"number": range(600), "text": texts})
-        page = {"data_page_size": size, "dictionary_pagesize_limit": size}
-        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet", **options, **page)
-    monkeypatch.setattr(sources, "PAGE_BYTES", 100_000)
-    skipped = Skipped()
-    assert read(tmp_path / "small.parquet", skipped=skipped) == [[text] for text in texts]
-    assert not skipped
-    monkeypatch.setattr(sources, "PAGE_BYTES", 1 << 19)
-    assert read(tmp_path / "large.parquet", skipped=skipped) == []
-    assert skipped.by_reason() == {"has a page larger than 0 MiB": 1}
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=300), st.integers(-1, 2**63), st.integers(-1, 2**63))
-def test_pages_of_any_bytes(content, start, size):
-    for place, length in ((0, len(content)), (start, size)):
-        with suppress(OSError):
-            assert pages.largest_page(io.BytesIO(content), place, length) >= 0
-
-
-def test_a_row_that_is_too_long_is_skipped(tmp_path, monkeypatch):
-    table = pyarrow.table({"text": ["one", "x" * 1000, None, "two"]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    monkeypatch.setattr(sources, "RECORD_BYTES", 999)
-    skipped = Skipped()
-    assert read(tmp_path / "a.parquet", skipped=skipped) == [["one"], ["two"]]
-    assert skipped.by_reason() == {"row is longer than 0 MiB": 1}
 
 
 def test_what_comes_before_the_damage_is_read(tmp_path):
