@@ -11,163 +11,22 @@ traffic and the arithmetic alone would take on an H100. Writes OUTPUT.json and O
 import argparse
 import functools
 import json
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from fastelectra.kernels import aot
+from measure import provenance
+from operations import Case, cases
 
 from fastelectra import kernels
-from fastelectra.config import generator_sizes, load_config
-from fastelectra.data.batch import BatchShape
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
 WAYS = ("fused", "eager", "compiled")
-VOCABULARY, MASK = 30_522, 103
 CAPABILITIES = (80, 89, 90, 100)
 H100 = {"bytes_per_s": 3.0e12, "flop_per_s": 790e12}  # what copies and products reach
-
-
-@dataclass
-class Case:
-    """An op at one size: how to run it, and the least it must move and compute."""
-
-    op: str
-    size: str
-    make: Callable[[], tuple]  # its inputs
-    bytes: tuple[float, float]  # moved by forward and by backward
-    flop: tuple[float, float] = (0, 0)
-
-    def call(self, inputs: tuple, reference: bool = False):
-        """The op's first output."""
-        function = getattr(kernels, self.op + ("_reference" if reference else ""))
-        output = function(*inputs)
-        return output[0] if isinstance(output, tuple) else output
-
-
-def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2**31) -> list[Case]:
-    """The ops of a training step of a preset, the vocabulary head on not more than so many rows."""
-    config = load_config(ROOT / "configs" / f"{preset}.json")
-    model, tokens = config.model, config.training.micro_batch_tokens
-    shape = BatchShape.of(tokens, config.data.max_length, config.data.mask_fraction)
-    narrow, narrow_ffn, _ = generator_sizes(model)
-    maker = Maker(device, dtype, tokens, shape.masked)
-    heads = [
-        Maker(device, dtype, tokens, min(rows, most_head_rows))
-        for rows in (shape.masked, 4 * shape.masked)  # of one batch, and of a four times larger
-    ]
-    found = [
-        maker.embed_layer_norm(model.embedding_size, model.max_positions, model.dropout),
-        maker.masked_gather(narrow),
-        maker.bias_gelu_layer_norm(model.embedding_size),
-        heads[0].linear_cross_entropy_sample(model.embedding_size),
-        heads[1].linear_cross_entropy_sample(model.embedding_size),
-        maker.replace_tokens(),
-        maker.replaced_token_loss(model.hidden_size),
-    ]
-    for hidden, ffn in ((narrow, narrow_ffn), (model.hidden_size, model.intermediate_size)):
-        found += [maker.dropout_add_layer_norm(hidden, model.dropout), maker.bias_gelu(ffn)]
-    return found
-
-
-class Maker:
-    """Cases on T tokens of which M are chosen."""
-
-    def __init__(self, device: str, dtype: torch.dtype, tokens: int, masked: int):
-        self.device, self.dtype, self.tokens, self.masked = device, dtype, tokens, masked
-        self.item = dtype.itemsize
-        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype).requires_grad_()
-
-    def _integers(self, high: int, size: int) -> torch.Tensor:
-        return torch.randint(high, (size,), device=self.device, dtype=torch.int32)
-
-    def _words(self) -> torch.Tensor:
-        """Tokens as the generator sees them: 15 % [MASK], the others by Zipf's law."""
-        u, masked = torch.rand(2, self.tokens, device=self.device)
-        return torch.where(masked < 0.15, MASK, VOCABULARY**u).int()
-
-    def _positions(self) -> torch.Tensor:
-        return torch.linspace(0, self.tokens - 1, self.masked, device=self.device).int()
-
-    def _case(self, op: str, rows: int, width: int, make, moved: tuple[float, float]) -> Case:
-        """A case that moves so many [rows, width] matrices."""
-        matrix = rows * width * self.item
-        return Case(op, f"[{rows}, {width}]", make, (moved[0] * matrix, moved[1] * matrix))
-
-    def bias_gelu(self, width):
-        def make():
-            return self._random(self.tokens, width), self._random(width)
-
-        return self._case("bias_gelu", self.tokens, width, make, (2, 3))
-
-    def bias_gelu_layer_norm(self, width):
-        def make():
-            return self._random(self.masked, width), *(self._random(width) for _ in range(3))
-
-        return self._case("bias_gelu_layer_norm", self.masked, width, make, (2, 3))
-
-    def dropout_add_layer_norm(self, width, p):
-        def make():
-            x, residual = (self._random(self.tokens, width) for _ in range(2))
-            bias, *norm = (self._random(width) for _ in range(3))
-            return x, bias, residual, *norm, p, self.seed
-
-        return self._case("dropout_add_layer_norm", self.tokens, width, make, (3, 5))
-
-    def embed_layer_norm(self, width, positions, p):
-        def make():
-            tables = [self._random(size, width) for size in (VOCABULARY, 2, positions)]
-            index = (self._integers(size, self.tokens) for size in (2, positions))
-            norm = self._random(width), self._random(width)
-            return self._words(), *index, *tables, *norm, p, self.seed
-
-        case = self._case("embed_layer_norm", self.tokens, width, make, (2, 5))
-        table = (VOCABULARY + positions) * width * self.item  # its gradient is written whole
-        return Case(case.op, case.size, make, (case.bytes[0], case.bytes[1] + table))
-
-    def masked_gather(self, width):
-        def make():
-            return self._random(self.tokens, width), self._positions()
-
-        share = self.masked / self.tokens
-        return self._case("masked_gather", self.tokens, width, make, (2 * share, 1 + share))
-
-    def replace_tokens(self):
-        def make():
-            return (self._integers(VOCABULARY, self.tokens), self._positions(),
-                    self._integers(VOCABULARY, self.masked))  # fmt: skip
-
-        return Case("replace_tokens", f"[{self.tokens}]", make,
-                    (12 * self.tokens + 8 * self.masked, 0))  # fmt: skip
-
-    def replaced_token_loss(self, width):
-        def make():
-            vectors = self._random(width), self._random(width), self._random(1)
-            real = torch.tensor(self.tokens, dtype=torch.int32, device=self.device)
-            return self._random(self.tokens, width), *vectors, self._integers(2, self.tokens), real
-
-        return self._case("replaced_token_loss", self.tokens, width, make, (1, 2))
-
-    def linear_cross_entropy_sample(self, width):
-        def make():
-            rows = self._random(self.masked, width), self._random(VOCABULARY, width)
-            labels = self._integers(VOCABULARY, self.masked)
-            uniforms = torch.rand(self.masked, device=self.device)
-            return *rows, self._random(VOCABULARY), labels, uniforms
-
-        product = 2.0 * self.masked * width * VOCABULARY
-        table = (self.masked + VOCABULARY) * width * self.item
-        return Case("linear_cross_entropy_sample", f"[{self.masked}, {width}]", make,
-                    (table, 2 * table), (product, 2 * product))  # fmt: skip
 
 
 def compile_table(presets: list[str]) -> list[dict]:
@@ -349,25 +208,6 @@ def line(result: dict) -> str:
         " {tflop_per_s[0]:4.0f} {tflop_per_s[1]:4.0f} TFLOP/s"
         " {roofline[0]:4.0%} {roofline[1]:4.0%} of roofline {peak_mb:7.1f} MB".format(**result)
     )
-
-
-def provenance() -> dict:
-    """What ran, where, when."""
-
-    def output(*command):
-        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        return run.stdout.strip()
-
-    import triton
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "command": " ".join(sys.argv), "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed_files": output("git", "status", "--porcelain", "-uno").splitlines(),
-        "gpu": gpu, "machine": platform.platform(), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton.__version__,
-    }  # fmt: skip
 
 
 def draw(result: dict, path: Path) -> str:

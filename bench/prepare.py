@@ -21,7 +21,8 @@ from pathlib import Path
 from measure import provenance, quartiles
 
 from fastelectra.data import vocabulary
-from fastelectra.data.sources import Reader, Skipped, find_sources
+from fastelectra.data.reader import Reader
+from fastelectra.data.sources import Skipped, find_sources
 
 BLOCK = 1 << 20  # characters handed to the library at a time, as prepare does
 INTERVAL = 0.05  # seconds between two looks at the memory

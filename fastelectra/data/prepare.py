@@ -22,8 +22,9 @@ import numpy as np
 from fastelectra.data import demo, vocabulary
 from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_order, make_chunks
 from fastelectra.data.progress import Progress
+from fastelectra.data.reader import Reader
 from fastelectra.data.shards import Corpus, Manifest, file_sha256, write_durably
-from fastelectra.data.sources import Reader, Skipped, Source, find_sources
+from fastelectra.data.sources import Skipped, Source, find_sources
 from fastelectra.data.writer import ShardWriter
 from fastelectra.errors import FastElectraError
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from test_sources import DOCUMENTS, PACKERS, WRITERS
 
 from fastelectra.config import DataConfig
-from fastelectra.data import sources, vocabulary
+from fastelectra.data import reader, vocabulary
 from fastelectra.data.batch import BatchShape
+from fastelectra.data.reader import Reader
 from fastelectra.data.shards import SUFFIXES, file_sha256, open_corpus, sample_sha256
-from fastelectra.data.sources import Reader, Skipped, find_sources
+from fastelectra.data.sources import Skipped, find_sources
 from fastelectra.data.stream import BatchStream, Position
 from fastelectra.errors import FastElectraError
 
@@ -231,7 +232,7 @@ def test_sources_of_any_content(tmp_path_factory, data, kind, packing):
     file = tmp_path_factory.getbasetemp() / f"source{kind}{packing}"
     file.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "LINE_BYTES", data.draw(st.sampled_from([16, 100, 1 << 20])))
+        patch.setattr(reader, "LINE_BYTES", data.draw(st.sampled_from([16, 100, 1 << 20])))
         try:
             for line in Reader(find_sources([str(file)]), "blank-line", "text", Skipped()):
                 assert line is None or line.strip() == line != ""
@@ -251,6 +252,6 @@ def test_a_column_whose_name_is_not_utf8(tmp_path):
 def test_a_bomb_unpacks_in_bounded_memory(packing, tmp_path):
     """100 MB of nothing in a few kB: read piece by piece, and a line of it is cut."""
     (tmp_path / f"a.txt{packing}").write_bytes(PACKERS[packing](b"x" * 100_000_000))
-    reader = Reader(find_sources([str(tmp_path)]), "blank-line", "text", Skipped())
-    longest = max(len(line) for line in reader if line)
-    assert longest <= sources.LINE_BYTES
+    lines = Reader(find_sources([str(tmp_path)]), "blank-line", "text", Skipped())
+    longest = max(len(line) for line in lines if line)
+    assert longest <= reader.LINE_BYTES

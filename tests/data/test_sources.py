@@ -13,8 +13,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastelectra.data import sources
-from fastelectra.data.sources import Reader, Skipped, find_sources
+from fastelectra.data import reader, sources
+from fastelectra.data.reader import Reader
+from fastelectra.data.sources import Skipped, find_sources
 from fastelectra.errors import FastElectraError
 
 DOCUMENTS = [["The chef cooked.", "It was good."], ["Zürich, 東京 😀"], ["a", "b", "c"]]
@@ -113,7 +114,7 @@ def test_long_lines_are_cut_and_nothing_is_lost(tmp_path_factory, text, limit, n
     file.write_bytes(text.replace("\n", newline).encode())
     whole = read(file)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "LINE_BYTES", limit)
+        patch.setattr(reader, "LINE_BYTES", limit)
         cut = read(file)
     assert ["".join("".join(d).split()) for d in cut] == [
         "".join("".join(d).split()) for d in whole
@@ -122,7 +123,7 @@ def test_long_lines_are_cut_and_nothing_is_lost(tmp_path_factory, text, limit, n
 
 
 def test_a_long_line_is_cut_between_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LINE_BYTES", 12)
+    monkeypatch.setattr(reader, "LINE_BYTES", 12)
     (tmp_path / "text.txt").write_text("one two three four five\nsix\n\nseven")
     (first, second) = read(tmp_path / "text.txt")
     assert " ".join(first) == "one two three four five six"
@@ -309,7 +310,7 @@ def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     documents = [[f"{n} " + "x" * 1000] for n in range(100)]
     (tmp_path / "a.parquet").write_bytes(as_parquet(documents))
     assert read(tmp_path / "a.parquet") == documents
-    monkeypatch.setattr(sources, "ROWS_BYTES", 3000)
+    monkeypatch.setattr(reader, "ROWS_BYTES", 3000)
     assert read(tmp_path / "a.parquet") == documents
     assert taken == [64, 2]
 

@@ -102,6 +102,8 @@ def test_one_of_a_newer_version_is_no_damaged_one(tmp_path, tokenizer_dir):
     checkpoint.write_sums(newest)
     with pytest.raises(FastElectraError, match=r"format 2, this version reads format 1: install"):
         checkpoint.newest_good(run)
+    with pytest.raises(FastElectraError, match="format 2"):
+        checkpoint.resolve(newest)
 
 
 def test_some_checkpoints_are_kept_for_good(tmp_path, tokenizer_dir):

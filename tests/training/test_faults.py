@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import PLAIN, deepspeed, environment, tiny_config, torchrun
+from launching import (
+    PLAIN,
+    assert_same_checkpoint,
+    deepspeed,
+    environment,
+    tiny_config,
+    torchrun,
+)
 
 from fastelectra.training import checkpoint, stopping
 
@@ -39,13 +46,7 @@ def records(run: Path) -> list[dict]:
 def assert_same_run(run: Path, expected: Path) -> None:
     """Bit for bit: every step's scores, the last weights and moments."""
     assert records(run) == records(expected)
-    ours, theirs = checkpoint.resolve(run), checkpoint.resolve(expected)
-    assert ours.name == theirs.name
-    assert checkpoint.read_state(ours)["position"] == checkpoint.read_state(theirs)["position"]
-    for read in (checkpoint.read_weights, checkpoint.read_moments):
-        a, b = read(ours), read(theirs)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_checkpoint(run, expected, tolerance=0)
 
 
 def steps_of(front: subprocess.Popen) -> Iterator[int]:

@@ -1,12 +1,14 @@
 """Every test here compiles Triton kernels for GPUs that are not here: minutes the first time."""
 
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path.home() / ".cache/fastelectra/triton"))
+sys.path.append(str(Path(__file__).parents[3] / "bench"))  # what bench/kernels.py imports
 
 from triton.runtime.jit import JITFunction
 

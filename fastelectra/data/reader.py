@@ -1,0 +1,286 @@
+"""Input files to lines and documents, past what is damaged."""
+
+import gzip
+import io
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from fastelectra.data.sources import Skipped, Source
+from fastelectra.errors import FastElectraError
+
+ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
+LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
+RECORD_BYTES = 1 << 25  # a longer line of a .jsonl file is skipped: it takes up to 13 × its size
+ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
+
+
+class _Unreadable(Exception):
+    """Why a file, or the rest of it, cannot be read."""
+
+
+class Reader:
+    """Iterates over the lines of all sources, in order; None ends a document.
+
+    Lines are stripped and never empty. `documents` says what a document of a .txt file is:
+    "blank-line" (up to a blank line), "line" or "file"; in .jsonl and .parquet it is the text
+    `field` of a record. Holds one line of text (LINE_BYTES) or one record at a time. What is
+    damaged is added to `skipped`; raises FastElectraError when records lack the field.
+    """
+
+    def __init__(self, sources: Sequence[Source], documents: str, field: str, skipped: Skipped):
+        self.sources, self.documents, self.field = sources, documents, field
+        self.skipped = skipped
+        self._finished = 0
+        self._position: Callable[[], int] = int
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the input files as stored, so far."""
+        return self._finished + self._position()
+
+    def __iter__(self) -> Iterator[str | None]:
+        for source in self.sources:
+            try:
+                yield from self._lines_of(source)
+            except _Unreadable as error:
+                self.skipped.add(source.path, str(error))
+            self._position = int
+            self._finished += source.size
+            yield None
+
+    def _lines_of(self, source: Source) -> Iterator[str | None]:
+        kinds = {".txt": self._text, ".jsonl": self._jsonl, ".parquet": self._parquet}
+        try:
+            raw = open(source.path, "rb")  # noqa: SIM115  (the next line closes it)
+        except OSError as error:
+            raise _Unreadable(error.strerror) from None
+        with raw:
+            self._position = raw.tell
+            try:
+                yield from kinds[source.kind](source, _decompressed(raw, source))
+            except (EOFError, zlib.error, gzip.BadGzipFile):
+                raise _Unreadable("damaged, cut off or not gzip from some place on") from None
+            about = os.fstat(raw.fileno())
+            if (about.st_size, about.st_mtime_ns) != (source.size, source.changed):
+                self.skipped.add(source.path, "changed while it was read")
+
+    def _text(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
+        def skip(offset: int) -> None:
+            unit = "byte of the unpacked text" if source.compression else "byte"
+            self.skipped.add(source.path, "line is not UTF-8", f"{unit} {offset}")
+
+        for line in _lines(stream, skip):
+            if line:
+                yield line
+            if self.documents == "line" or (self.documents == "blank-line" and not line):
+                yield None
+
+    def _jsonl(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
+        number = 0
+        while record := stream.readline(RECORD_BYTES):
+            number += 1
+            where = f"line {number}"
+            if len(record) == RECORD_BYTES:
+                while record and not record.endswith(b"\n"):
+                    record = stream.readline(RECORD_BYTES)
+                self.skipped.add(
+                    source.path, f"line is longer than {RECORD_BYTES >> 20} MiB", where
+                )
+                continue
+            try:
+                text = record.decode("utf-8-sig" if number == 1 else "utf-8").replace("\0", "")
+                values = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                self.skipped.add(source.path, "line is not UTF-8", where)
+                continue
+            except (ValueError, RecursionError):  # the first also for huge numbers
+                self.skipped.add(source.path, "line is not JSON", where)
+                continue
+            if not text.strip():
+                continue
+            if not isinstance(values, dict) or self.field not in values:
+                names = list(values)[:8] if isinstance(values, dict) else []
+                raise FastElectraError(
+                    f"{source.path}, {where}: no field {self.field!r} (there is"
+                    f" {', '.join(names) or 'none'}); name it with --field"
+                )
+            yield from self._record(values[self.field], source, where)
+
+    def _parquet(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
+        parquet = _optional("pyarrow.parquet", source)
+        arrow = _optional("pyarrow", source)
+        with _seekable(stream, source) as seekable:
+            try:
+                file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
+                yield from self._rows(source, file)
+            except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
+                raise _Unreadable("damaged or not Parquet from some place on") from None
+
+    def _rows(self, source: Source, file) -> Iterator[str | None]:
+        names = file.schema_arrow.names
+        if self.field not in names:
+            raise FastElectraError(
+                f"{source.path}: no column {self.field!r} (there is {', '.join(names[:8])}); name"
+                " it with --field"
+            )
+        row = 0
+        self._position = lambda: source.size * row // max(1, file.metadata.num_rows)
+        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
+        widest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
+        rows = max(1, min(ROWS, ROWS_BYTES // max(1, widest)))
+        for batch in file.iter_batches(batch_size=rows, columns=[self.field]):
+            for value in batch.column(0):
+                row += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    self.skipped.add(source.path, "row is not UTF-8", f"row {row}")
+                    continue
+                yield from self._record(text, source, f"row {row}")
+
+    def _record(self, text: object, source: Source, where: str) -> Iterator[str | None]:
+        """A record's text, line by line; no text (null) is no document."""
+        if text is None:
+            return
+        if not isinstance(text, str):
+            raise FastElectraError(
+                f"{source.path}, {where}: field {self.field!r} is not text but"
+                f" {type(text).__name__}"
+            )
+        try:
+            stream = io.BytesIO(text.encode("utf-8"))
+        except UnicodeEncodeError:
+            self.skipped.add(source.path, "text is not valid Unicode", where)
+            return
+        yield from (line for line in _lines(stream) if line)
+        yield None
+
+
+def _decompressed(raw: BinaryIO, source: Source) -> BinaryIO:
+    if source.compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if source.compression == ".zst":
+        return io.BufferedReader(_Zstd(raw, source), 1 << 17)
+    return raw
+
+
+@contextmanager
+def _seekable(stream: BinaryIO, source: Source) -> Iterator[BinaryIO]:
+    """Parquet is read from its end: a compressed file has to be unpacked first."""
+    if not source.compression:
+        yield stream
+        return
+    with tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(stream, unpacked)
+        unpacked.seek(0)
+        yield unpacked
+
+
+class _Zstd(io.RawIOBase):
+    """The text of a .zst file, frame after frame; _Unreadable where it is damaged or cut off."""
+
+    def __init__(self, raw: BinaryIO, source: Source):
+        self._library = _optional("zstandard", source)
+        self._raw = raw
+        self._frame = None  # being unpacked
+        self._packed = b""  # read but not unpacked
+        self._text = memoryview(b"")  # unpacked but not handed out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._text:
+            self._packed = self._packed or self._raw.read(ZSTD_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise _Unreadable("cut off")
+                return 0
+            self._unpack()
+        size = min(len(buffer), len(self._text))
+        buffer[:size], self._text = self._text[:size], self._text[size:]
+        return size
+
+    def _unpack(self) -> None:
+        if self._frame is None:
+            self._frame = self._library.ZstdDecompressor().decompressobj()
+        try:
+            self._text = memoryview(self._frame.decompress(self._packed))
+        except self._library.ZstdError:
+            raise _Unreadable("damaged or not zstd from some place on") from None
+        self._packed = self._frame.unused_data
+        if self._frame.eof:
+            self._frame = None
+
+
+def _optional(module: str, source: Source):
+    try:
+        return __import__(module, fromlist=["_"])
+    except ImportError:
+        raise FastElectraError(
+            f"{source.path}: reading it needs {module.partition('.')[0]}:"
+            " pip install 'fastelectra[data]'"
+        ) from None
+
+
+def _lines(stream: BinaryIO, skip: Callable[[int], None] | None = None) -> Iterator[str]:
+    """Stripped lines, blank ones too; a line beyond LINE_BYTES in parts, cut at white space.
+
+    `skip` is called with the offset of each line, or part of one, that is not UTF-8.
+    """
+    offset, rest = 0, b""
+    inside = False  # a line that has been cut
+    while True:
+        block = stream.read(LINE_BYTES - len(rest))
+        data = rest + block
+        if not data:
+            return
+        cut = data.rfind(b"\n") + 1 if block else len(data)
+        if cut == 0:
+            cut = _cut(data) if len(data) == LINE_BYTES else 0
+        lines = _decode(data[:cut], offset, skip)
+        last = lines.pop()  # empty after a newline
+        for line in lines:
+            if line is not None and ((text := line.strip()) or not inside):
+                yield text
+            inside = False
+        if last is None or (last := last.strip()):
+            if last:
+                yield last
+            inside = True
+        rest, offset = data[cut:], offset + cut
+
+
+def _cut(data: bytes) -> int:
+    """Where to cut a line that goes on: after the last space, else between two characters."""
+    cut = data.rfind(b" ") + 1
+    if cut == 0:
+        cut = len(data) - 1
+        while cut > len(data) - 4 and data[cut] & 0xC0 == 0x80:
+            cut -= 1
+    return cut
+
+
+def _decode(data: bytes, offset: int, skip: Callable[[int], None] | None) -> list[str | None]:
+    """Lines without byte order mark and NULs; None for one that is not UTF-8.
+
+    `offset` is where `data` begins in the file.
+    """
+    try:
+        text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
+        return text.replace("\0", "").split("\n")
+    except UnicodeDecodeError:
+        if b"\n" not in data:
+            skip(offset)
+            return [None]
+    lines = []
+    for line in data.split(b"\n"):
+        lines += _decode(line, offset, skip)
+        offset += len(line) + 1
+    return lines
