@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from fastelectra.config import Config, load_config
-from fastelectra.data.batch import Batch, BatchShape
+from fastelectra.data.batch import Batch
 from fastelectra.data.shards import Shard, open_corpus
-from fastelectra.data.stream import BatchStream, Position
+from fastelectra.data.stream import BatchStream, Position, shape_for
 from fastelectra.data.vocabulary import SpecialTokens
 from fastelectra.training.launch import Process, micro_batches
 
@@ -85,7 +85,7 @@ def make_workload(
         batches = max(4, SHARD_TOKENS // micro)
         shard = made_up(low, length - 2, batches * (micro // length))  # full: whole batches only
         shards, special, vocab_size = [shard], SPECIAL, VOCABULARY
-    shape = BatchShape.of(micro, length, config.data.mask_fraction)
+    shape = shape_for(shards, config.data, micro)
     stream = BatchStream(
         shards, special, config.data, shape, micro_batches(config), config.training.seed
     )

@@ -18,6 +18,7 @@ from .masked_gather import masked_gather, masked_gather_reference
 from .packed_attention import packed_attention, packed_attention_reference
 from .replace_tokens import replace_tokens, replace_tokens_reference
 from .replaced_token_loss import replaced_token_loss, replaced_token_loss_reference
+from .split_qkv import split_qkv, split_qkv_reference
 
 __all__ = [
     "bias_gelu",
@@ -40,4 +41,6 @@ __all__ = [
     "replaced_token_loss",
     "replaced_token_loss_reference",
     "set_backend",
+    "split_qkv",
+    "split_qkv_reference",
 ]

@@ -116,7 +116,7 @@ def backward(
         cpu.run(_backward_loop, x.shape[0], dy, x, bias, dx, sums)
         return dx, sums.sum(0).to(bias.dtype)
     constants, row_blocks, column_blocks = _blocks(x)
-    programs = min(row_blocks, max(32, 2 * PROGRAMS // column_blocks))
+    programs = min(row_blocks, max(32, 3 * PROGRAMS // column_blocks))
     statistics = torch.promote_types(x.dtype, torch.float32)
     sums = x.new_empty(programs, x.shape[1], dtype=statistics)
     _backward[(programs, column_blocks)](

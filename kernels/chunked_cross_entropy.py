@@ -255,16 +255,19 @@ def forward(
     gradients: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ loss, sampled, correct; the gradients of hidden, weight and bias (empty if not wanted)."""
-    _, sampled, _, d_hidden, d_weight, d_bias = _outputs(hidden, weight, bias, gradients)
     rows, vocabulary = hidden.shape[0], weight.shape[0]
+    # a whole number of 128 bytes a row, which the fast products need; no mass in the padding
+    padding = -vocabulary % 64
+    padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
+    # those of GPUs need as much of the table, too
+    table = F.pad(weight, (0, 0, 0, padding)) if hidden.is_cuda else weight
+    outputs = _outputs(hidden, table, padded_bias[: len(table)], gradients)
+    _, sampled, _, d_hidden, d_weight, d_bias = outputs
     loss = d_weight.new_empty(rows)
     correct = loss.new_empty(rows, dtype=torch.float32)
     chunk = _chunk(rows, CHUNK["cuda" if hidden.is_cuda else "cpu"])
-    # a whole number of 128 bytes a row, which the fast products need; no mass in the padding
-    padding = -vocabulary % 64
     buffer = hidden.new_empty(min(chunk, rows), vocabulary + padding)
     buffer[:, vocabulary:] = 0
-    padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
     row_pass, in_pairs = _rows_torch, False
     if fused(hidden):
         in_pairs = HAS_BF16 and hidden.dtype == torch.bfloat16 and not use_triton(hidden)
@@ -272,20 +275,21 @@ def forward(
     for start in range(0, rows, chunk):
         part = slice(start, min(start + chunk, rows))
         padded = buffer[: part.stop - start]
-        products = padded[:, :vocabulary]
-        torch.mm(hidden[part], weight.t(), out=products)
+        products = padded[:, : len(table)]
+        torch.mm(hidden[part], table.t(), out=products)
         row_pass(
             padded, padded_bias, labels[part], uniforms[part], temperature, gradients,
             loss[part], sampled[part], correct[part],
         )  # fmt: skip
         if gradients:
-            torch.mm(products, weight, out=d_hidden[part])
+            torch.mm(products, table, out=d_hidden[part])
             if in_pairs:
-                table = padded, hidden[part], start == 0, d_weight, d_bias
-                cpu.run(_table_loop, vocabulary, *table)
+                rest = padded, hidden[part], start == 0, d_weight, d_bias
+                cpu.run(_table_loop, vocabulary, *rest)
                 continue
             _add_product(d_weight, products.t(), hidden[part], beta=int(start > 0))
             d_bias += products.sum(0, dtype=d_bias.dtype)
+    d_weight, d_bias = d_weight[:vocabulary], d_bias[:vocabulary]
     return loss.sum(), sampled, correct.sum(), d_hidden, d_weight, d_bias
 
 

@@ -18,11 +18,15 @@ class BatchShape:
     masked: int  # M: most chosen positions in a batch
 
     @classmethod
-    def of(cls, tokens: int, max_length: int, mask_fraction: float) -> "BatchShape":
-        """Sizes for a token budget: room for full-length examples, or 16 tokens an example."""
+    def of(
+        cls, tokens: int, max_length: int, mask_fraction: float, mean_length: float = 1
+    ) -> "BatchShape":
+        """Sizes for a token budget: room for chosen positions as full-length examples have them,
+        and for half as many examples again as fit on average, of 16 tokens or more."""
         per_example = masked_count(max_length, mask_fraction)
         masked = -(-tokens // max_length) * per_example
-        return cls(tokens, max(1, tokens // min(16, max_length)), -(-masked // 64) * 64)
+        sequences = int(1.5 * tokens / max(mean_length, 1.5 * min(16, max_length)))
+        return cls(tokens, max(1, sequences), -(-masked // 64) * 64)
 
 
 def masked_count(length: int, mask_fraction: float) -> int:

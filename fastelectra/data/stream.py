@@ -12,7 +12,7 @@ import torch
 from fastelectra.config import DataConfig
 from fastelectra.data.batch import Batch, BatchShape
 from fastelectra.data.counters import key_of, permutation
-from fastelectra.data.examples import Plan, fill, make_plan
+from fastelectra.data.examples import Plan, fill, make_plan, mean_length
 from fastelectra.data.shards import Shard
 from fastelectra.data.vocabulary import SpecialTokens
 from fastelectra.errors import FastElectraError
@@ -36,6 +36,16 @@ class Position:
     def from_dict(cls, values: dict[str, int]) -> "Position":
         """The position that to_dict described."""
         return cls(**values)
+
+
+def shape_for(shards: Sequence[Shard], data: DataConfig, tokens: int) -> BatchShape:
+    """The shape of batches of so many tokens of these shards.
+
+    Attention on GPUs spends time on every example that there is room for, also where there is none:
+    the room is what the first shard's examples need.
+    """
+    lengths = (mean_length(shard.lines, data.max_length) for shard in shards if len(shard.tokens))
+    return BatchShape.of(tokens, data.max_length, data.mask_fraction, next(lengths, 1))
 
 
 class BatchStream:

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from fastelectra.errors import FastElectraError
-from fastelectra.kernels import packed_attention
+from fastelectra.kernels import packed_attention, split_qkv
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,23 @@ def layout_of(cu_seqlens: torch.Tensor, tokens: int, max_length: int) -> Layout:
 
 
 def attention(
-    qkv: torch.Tensor, layout: Layout, dropout: float, seed: torch.Tensor
+    qkv: torch.Tensor, layout: Layout, dropout: float, seed: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
     """softmax(q kᵀ / √d) v within each sequence: [T, 3, heads, d] → [T, heads, d].
 
     `dropout` is the share of attention probabilities dropped; its mask comes from `seed` [1] int64
-    on the CPU, from torch's default generator on GPUs.
+    on the CPU, from torch's default generator on GPUs. `bias` [3·heads·d] is part of qkv already;
+    where `takes_bias` says so, it gets its gradient here.
     """
     name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0)
-    return BACKENDS[name](qkv, layout, dropout, seed)
+    if name == "packed":
+        return packed_attention(qkv, layout.cu_seqlens, dropout, seed)
+    return BACKENDS[name](*split_qkv(qkv, bias), layout.cu_seqlens, layout.max_length, dropout)
+
+
+def takes_bias(device: torch.device) -> bool:
+    """Whether `attention` on a device makes the gradient of `bias`, together with that of qkv."""
+    return device.type != "cpu"
 
 
 def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> str:
@@ -96,55 +104,46 @@ def installed() -> frozenset[str]:
     return frozenset(packages)
 
 
-def _packed(qkv: torch.Tensor, layout: Layout, dropout: float, seed: torch.Tensor) -> torch.Tensor:
-    return packed_attention(qkv, layout.cu_seqlens, dropout, seed)
-
-
-def _torch_varlen(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
+def _torch_varlen(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    cu, longest = layout.cu_seqlens, layout.max_length
-    return varlen_attn(*qkv.unbind(1), cu, cu, longest, longest)
+    return varlen_attn(q, k, v, cu, cu, longest, longest)
 
 
-def _torch_flash(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
-    cu, longest = layout.cu_seqlens, layout.max_length
+def _torch_flash(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
     return torch.ops.aten._flash_attention_forward(
-        *qkv.unbind(1), cu, cu, longest, longest, dropout, False, False
+        q, k, v, cu, cu, longest, longest, dropout, False, False
     )[0]
 
 
-def _torch_efficient(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
-    q, k, v = (part.unsqueeze(0) for part in qkv.unbind(1))  # (1, T, heads, d)
-    cu, longest = layout.cu_seqlens, layout.max_length
+def _torch_efficient(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
+    q, k, v = (part.unsqueeze(0) for part in (q, k, v))  # (1, T, heads, d)
     return torch.ops.aten._efficient_attention_forward(
-        q, k, v, None, cu, cu, longest, longest, dropout, 0, qkv.requires_grad
+        q, k, v, None, cu, cu, longest, longest, dropout, 0, q.requires_grad
     )[0].squeeze(0)
 
 
-def _flash_attn_2(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_qkvpacked_func
+def _flash_attn_2(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_qkvpacked_func(qkv, layout.cu_seqlens, layout.max_length, dropout)
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, dropout)
 
 
-def _flash_attn_4(qkv: torch.Tensor, layout: Layout, dropout: float, _) -> torch.Tensor:
+def _flash_attn_4(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    q, k, v = qkv.unbind(1)
     return flash_attn_varlen_func(
         q=q,
         k=k,
         v=v,
-        cu_seqlens_q=layout.cu_seqlens,
-        cu_seqlens_k=layout.cu_seqlens,
-        max_seqlen_q=layout.max_length,
-        max_seqlen_k=layout.max_length,
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
     )[0]
 
 
-BACKENDS = {
-    "packed": _packed,
+BACKENDS = {  # of q, k, v [T, heads, d], boundaries, the longest and dropout
     "memory-efficient": _torch_efficient,
     "torch varlen": _torch_varlen,
     "torch flash": _torch_flash,

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastelectra.config import ModelConfig
 from fastelectra.kernels import bias_gelu, dropout_add_layer_norm, masked_gather
-from fastelectra.model.attention import Layout, attention
+from fastelectra.model.attention import Layout, attention, takes_bias
 from fastelectra.model.embeddings import LAYER_NORM_EPS
 
 
@@ -50,12 +50,10 @@ class Layer(nn.Module):
     def __init__(self, model: ModelConfig):
         super().__init__()
         hidden_size, intermediate_size = model.hidden_size, model.intermediate_size
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)  # rows: queries, keys, values
+        self.qkv = SelfAttention(model)
         self.attention_output = Output(hidden_size, hidden_size, model.dropout)
         self.intermediate = Intermediate(hidden_size, intermediate_size)
         self.output = Output(intermediate_size, hidden_size, model.dropout)
-        self.heads = model.heads
-        self.attention_dropout = model.attention_dropout
 
     def forward(
         self,
@@ -65,13 +63,28 @@ class Layer(nn.Module):
         rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[T, H] → [T, H], or [M, H] at rows [M] int32, as masked_gather takes; seeds [3] int64."""
-        qkv = self.qkv(hidden).unflatten(1, (3, self.heads, -1))  # (T, 3, heads, d)
-        dropout = self.attention_dropout if self.training else 0.0
-        context = attention(qkv, layout, dropout, seeds[:1]).flatten(1)  # (T, H)
+        context = self.qkv(hidden, layout, seeds[:1])  # (T, H)
         if rows is not None:  # after attention every row is on its own
             context, hidden = masked_gather(context, rows), masked_gather(hidden, rows)  # (M, H)
         hidden = self.attention_output(context, hidden, seeds[1:2])
         return self.output(self.intermediate(hidden), hidden, seeds[2:])
+
+
+class SelfAttention(nn.Module):
+    """Attention among the rows of a sequence, without the product that follows: [T, H] → [T, H]."""
+
+    def __init__(self, model: ModelConfig):
+        super().__init__()
+        size = model.hidden_size
+        self.weight = nn.Parameter(torch.empty(3 * size, size))  # rows: queries, keys, values
+        self.bias = nn.Parameter(torch.empty(3 * size))
+        self.heads, self.dropout = model.heads, model.attention_dropout
+
+    def forward(self, hidden: torch.Tensor, layout: Layout, seed: torch.Tensor) -> torch.Tensor:
+        bias = self.bias.detach() if takes_bias(hidden.device) else self.bias
+        qkv = F.linear(hidden, self.weight, bias).unflatten(1, (3, self.heads, -1))
+        dropout = self.dropout if self.training else 0.0
+        return attention(qkv, layout, dropout, seed, self.bias).flatten(1)
 
 
 class Intermediate(nn.Module):

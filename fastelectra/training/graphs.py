@@ -1,18 +1,71 @@
-"""Forward and backward as two CUDA graphs: one launch each instead of some two thousand.
+"""The step as CUDA graphs: a few launches instead of some two thousand.
 
 A step of ELECTRA-small takes a GPU less time than Python takes to launch its kernels. Batches have
 one shape and nothing in the step waits for the GPU, so a batch is copied to where the captured one
-lay and both graphs are replayed. Masks and dropout stay functions of the batch's seed, since a
-graph reads its generator's state when it is replayed.
+lay and the graphs are replayed. Masks and dropout stay functions of the batch's seed, since a graph
+reads its generator's state when it is replayed.
+
+With DeepSpeed's engine, forward and backward are a graph each (`Graphs`). The plain engine's code
+has nothing that only Python can do: all of a micro-batch is one graph, and so is the update
+(`Replay`).
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from fastelectra.data.batch import Batch, pinning
 from fastelectra.model.electra import Electra
+
+
+def captured(function: Callable) -> Callable:
+    """What launches the kernels that `function` would, and returns what it returned when captured:
+    the same tensors each time, with new values."""
+    graph = torch.cuda.CUDAGraph()
+    with pinning, torch.cuda.graph(graph):  # page-locking memory meanwhile would spoil the capture
+        outputs = function()
+
+    def replay():
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+class Replay:
+    """A function of a batch, or of nothing: run as it is once, then captured and replayed.
+
+    It may leave nothing behind but values in memory that stays where it is. The first run compiles
+    the kernels, which a capture cannot. generator: what it draws from, seeded for each batch.
+    """
+
+    def __init__(self, function: Callable, generator: torch.Generator):
+        self.function, self.generator = function, generator
+        self.ran, self.replay = False, None
+
+    def __call__(self, *batch: Batch):
+        """What the function returns; overwritten by the next call."""
+        if not self.ran:
+            self.ran = True
+            return self.function(*batch)
+        if self.replay is None:
+            device = self.generator.device
+            self.place = [
+                dataclasses.replace(
+                    one, **{n: t.to(device, copy=True) for n, t in _tensors(one).items()}
+                )
+                for one in batch
+            ]
+            self.replay = captured(lambda: self.function(*self.place))
+            for one in batch:  # capturing has drawn from it
+                self.generator.manual_seed(one.seed)
+        else:
+            for place, one in zip(self.place, batch, strict=True):
+                for name, tensor in _tensors(place).items():
+                    tensor.copy_(getattr(one, name), non_blocking=True)
+        return self.replay()
 
 
 class _Tensors(nn.Module):
@@ -45,14 +98,23 @@ class Graphs:
         tensors = tuple(_tensors(batch).values())
         if self.captured is None:
             self._capture(batch, tensors)
-        loss, metrics = self.captured(*tensors)
+        loss, metrics = self.captured(*tensors, *self.model.parameters())
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def _capture(self, batch: Batch, tensors: tuple[torch.Tensor, ...]) -> None:
-        module = _Tensors(self.model, self.eager, batch)
-        static = tuple(tensor.clone() for tensor in tensors)
+        module, count = _Tensors(self.model, self.eager, batch), len(tensors)
+        names = [name for name, _ in module.named_parameters()]
+        # Stand-ins in the parameters' own memory: hooks on a parameter, as DeepSpeed's, make its
+        # gradient wait for the stream that they were made on, which cannot be captured.
+        stand_ins = [parameter.detach().requires_grad_() for parameter in module.parameters()]
+
+        def step(*inputs: torch.Tensor):
+            weights = dict(zip(names, inputs[count:], strict=True))
+            return torch.func.functional_call(module, weights, inputs[:count])
+
+        static = (*(tensor.clone() for tensor in tensors), *stand_ins)
         with pinning:  # which a thread that makes batches would do, and spoil the capture
-            self.captured = torch.cuda.make_graphed_callables(module, static)
+            self.captured = torch.cuda.make_graphed_callables(step, static)
         self.generator.manual_seed(batch.seed)  # capturing has drawn from it
         if self.accumulates:
             # a replay writes its gradients where the last one did: what adds them up gets copies

@@ -10,9 +10,9 @@ import torch
 
 from fastelectra import kernels
 from fastelectra.config import Config
-from fastelectra.data.batch import Batch, BatchShape
+from fastelectra.data.batch import Batch
 from fastelectra.data.shards import Corpus
-from fastelectra.data.stream import BatchStream, Position, prefetch
+from fastelectra.data.stream import BatchStream, Position, prefetch, shape_for
 from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, portable
@@ -57,8 +57,8 @@ class Trainer:
 
     def _stream(self, split: str) -> BatchStream:
         data, training = self.config.data, self.config.training
-        shape = BatchShape.of(training.micro_batch_tokens, data.max_length, data.mask_fraction)
         shards, special = self.corpus.split(split), self.corpus.special
+        shape = shape_for(shards, data, training.micro_batch_tokens)
         return BatchStream(shards, special, data, shape, micro_batches(self.config), training.seed)
 
     def _check_agreement(self) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.model.electra import Electra
+from fastelectra.training.graphs import Replay
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
 
 
@@ -56,25 +57,37 @@ class PlainEngine:
         for parameter in self.masters:
             parameter.grad = None
 
-    @torch.no_grad()
+    def capture(self, generator: torch.Generator) -> None:
+        """From now on replay the update as a CUDA graph; all gradients keep their place."""
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        for group in self.optimizer.param_groups:
+            group |= {"lr": torch.zeros((), device=generator.device), "capturable": True}
+        self.update = Replay(self.update, generator)
+
     def step(self) -> None:
         """After the last micro-batch of a step: clip, update, and copy to the model.
 
         Gradients whose norm is not a number change nothing.
         """
         self.micro_steps += 1
-        if self.micro_steps % self.accumulation:
-            return
+        if self.micro_steps % self.accumulation == 0:
+            self.norm = self.update().clone()
+
+    @torch.no_grad()
+    def update(self) -> torch.Tensor:
+        """Clip, update, copy; returns the gradients' norm before clipping."""
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        self.norm = torch.nn.utils.get_total_norm(gradients)
-        self.optimizer.found_inf = (~self.norm.isfinite()).float()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         if self.clip:  # Adam divides by it, in the pass that it makes anyway
-            self.optimizer.grad_scale = (self.norm / self.clip).clamp(min=1)
+            self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)
         self.optimizer.step()
         if self.copied:
             torch._foreach_copy_([*self.masters], [*self.masters.values()])
         else:
             self.optimizer.zero_grad()
+        return norm
 
     def get_global_grad_norm(self) -> torch.Tensor:
         """Of the last step's gradients, before clipping."""

@@ -6,9 +6,10 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.data.batch import Batch
-from fastelectra.training.graphs import Graphs
+from fastelectra.training.graphs import Graphs, Replay
 from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter, Skips
+from fastelectra.training.plain import PlainEngine
 from fastelectra.training.schedule import learning_rate
 
 
@@ -17,7 +18,7 @@ class Updater:
 
     `engine` is DeepSpeed's, or has its `__call__`, `backward`, `step`, `module`, `optimizer` and
     `get_global_grad_norm`; tells_norm: whether the last one answers (at stage 0 in fp32 DeepSpeed
-    does not). graphs: replay forward and backward as CUDA graphs. `meter` adds up the metrics of
+    does not). graphs: replay the step as CUDA graphs. `meter` adds up the metrics of
     the training batches, `skips` counts the updates that were not made.
 
     An update whose loss or gradient norm is not a number is skipped, on all ranks: weights and
@@ -39,7 +40,11 @@ class Updater:
         self.meter, self.skips = Meter(), Skips()
         self.batches_per_step = micro_batches(config)
         self.generator = _default_generator(device)
-        if graphs:
+        self.replays: dict[bool, Replay] = {}  # of `_learn`, by whether a batch is a step's first
+        if graphs and isinstance(engine, PlainEngine) and engine.copied:
+            self.replays = {first: Replay(self._learn, self.generator) for first in (True, False)}
+            engine.capture(self.generator)
+        elif graphs:
             accumulates = self.batches_per_step > _processes()
             engine.module.forward = Graphs(engine.module, self.generator, accumulates)
 
@@ -51,11 +56,9 @@ class Updater:
         self._set_learning_rate(self.learning_rate(step))
         norm = None
         for number, batch in enumerate(batches, 1):
-            loss, metrics = self.forward(batch)
-            valid = loss.detach().isfinite()
-            self.meter.add(metrics, valid)
-            # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
-            self.engine.backward(loss * torch.where(valid, float(self.batches_per_step), math.nan))
+            self.generator.manual_seed(batch.seed)
+            learn = self.replays.get(number == 1, self._learn)
+            self.meter.add(*learn(batch))
             if not self.tells_norm and number == len(batches):
                 gradients = [p.grad for p in self.engine.module.parameters()]
                 norm = torch.nn.utils.get_total_norm(gradients)
@@ -64,6 +67,14 @@ class Updater:
         norm = self.engine.get_global_grad_norm() if self.tells_norm else norm
         self.skips.add(norm)
         return norm
+
+    def _learn(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Forward and backward; returns the metrics, and whether the loss is a number."""
+        loss, metrics = self.engine(batch.to(self.device))
+        valid = loss.detach().isfinite()
+        # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
+        self.engine.backward(loss * torch.where(valid, float(self.batches_per_step), math.nan))
+        return metrics, valid
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The model's loss and metrics; dropout depends on the batch, not on the rank."""
@@ -79,7 +90,10 @@ class Updater:
 
     def _set_learning_rate(self, lr: float) -> None:
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], torch.Tensor):  # which a graph reads
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
 
 def _processes() -> int:

@@ -87,6 +87,20 @@ def replaced_token_loss(g, rows, width):
     return [_normal(g, rows, width), *vectors, _integers(g, 2, rows), real]
 
 
+def split_qkv(g, rows, width):
+    return [_normal(g, rows, 3, 1, width), _normal(g, 3 * width)]
+
+
+def joined(split):
+    """The three outputs of `split_qkv` as one, weighted: no gradient of one is another's."""
+
+    def call(products, bias):
+        qkv = products + bias.detach().view(products.shape[1:])
+        return torch.cat([(i + 1) * part for i, part in enumerate(split(qkv, bias))], 1)
+
+    return call
+
+
 def linear_cross_entropy_sample(g, rows, width):
     vocabulary = 100 + 5 * width  # one to four tiles, the last one not full
     hidden, weight = _normal(g, rows, width), _normal(g, vocabulary, width, scale=0.4)
@@ -105,24 +119,28 @@ def chunked(*inputs):
 
 
 WAYS = {"flash_cross_entropy": flash, "chunked_cross_entropy": chunked}
-CASES = {  # name → maker of inputs, operation, the same in plain PyTorch
-    make.__name__: (
-        make,
-        getattr(kernels, make.__name__),
-        getattr(kernels, f"{make.__name__}_reference"),
-    )
-    for make in (
-        bias_gelu,
-        bias_gelu_layer_norm,
-        dropout_add_layer_norm,
-        embed_layer_norm,
-        masked_gather,
-        replaced_token_loss,
-    )
-} | {
-    name: (linear_cross_entropy_sample, way, kernels.linear_cross_entropy_sample_reference)
-    for name, way in WAYS.items()
-}
+CASES = (
+    {  # name → maker of inputs, operation, the same in plain PyTorch
+        make.__name__: (
+            make,
+            getattr(kernels, make.__name__),
+            getattr(kernels, f"{make.__name__}_reference"),
+        )
+        for make in (
+            bias_gelu,
+            bias_gelu_layer_norm,
+            dropout_add_layer_norm,
+            embed_layer_norm,
+            masked_gather,
+            replaced_token_loss,
+        )
+    }
+    | {"split_qkv": (split_qkv, joined(kernels.split_qkv), joined(kernels.split_qkv_reference))}
+    | {
+        name: (linear_cross_entropy_sample, way, kernels.linear_cross_entropy_sample_reference)
+        for name, way in WAYS.items()
+    }
+)
 
 
 def make(name, rows, width, dtype=torch.float64, seed=0):

@@ -32,7 +32,9 @@ def test_cpu_equals_a_loop_over_sequences(lengths, padding):
     shape = (real + padding, 3, 2, 4)
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     qkv.requires_grad_()
-    out = attention.attention(qkv, layout_of(cu_seqlens, len(qkv), max([4, *lengths])), 0.0, SEED)
+    out = attention.attention(
+        qkv, layout_of(cu_seqlens, len(qkv), max([4, *lengths])), 0.0, SEED, None
+    )
     assert out.shape == (real + padding, 2, 4)
     assert out.isfinite().all()  # padding too: nothing may leak a NaN into a matrix product
     torch.testing.assert_close(out[:real], reference(qkv, cu_seqlens)[:real])
@@ -53,8 +55,8 @@ def test_dropout_keeps_the_expectation():
     copies, length = 2000, 6
     qkv = torch.randn(length, 3, 2, 4).repeat(copies, 1, 1, 1)
     layout = layout_of(torch.arange(0, len(qkv) + 1, length, dtype=torch.int32), len(qkv), length)
-    draws = attention.attention(qkv, layout, 0.5, SEED).view(copies, length, 2, 4)
-    exact = attention.attention(qkv, layout, 0.0, SEED)[:length]
+    draws = attention.attention(qkv, layout, 0.5, SEED, None).view(copies, length, 2, 4)
+    exact = attention.attention(qkv, layout, 0.0, SEED, None)[:length]
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(draws.mean(0), exact, atol=0.1, rtol=0)
 
@@ -80,7 +82,7 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
 )
 def test_choice_of_implementation(capability, dtype, dropout, packages, expected):
     assert choose(capability, dtype, 64, dropout, packages) == expected
-    assert expected in attention.BACKENDS
+    assert expected in {"packed", *attention.BACKENDS}
 
 
 def test_head_sizes_that_no_gpu_takes_are_an_error():
@@ -103,7 +105,7 @@ def test_torchs_gpu_operators_take_our_call(name, dropout):
     """Forward and backward on the meta device: torch checks arguments, shapes and derivatives."""
     qkv = torch.empty(12, 3, 2, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
     layout = layout_of(torch.empty(5, dtype=torch.int32, device="meta"), 12, 6)
-    out = attention.BACKENDS[name](qkv, layout, dropout, SEED)
+    out = attention.BACKENDS[name](*qkv.unbind(1), layout.cu_seqlens, 6, dropout)
     assert out.shape == (12, 2, 64)
     assert out.dtype == torch.bfloat16
     out.sum().backward()
@@ -129,13 +131,16 @@ def test_torchs_gpu_operators_mean_what_we_pass():
 def test_flash_attention_packages_are_called_as_documented(monkeypatch):
     """They cannot be installed without a GPU: functions of their signatures stand in for them."""
 
-    def flash_attn_varlen_qkvpacked_func(
-        qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False
-    ):
-        assert (max_seqlen, dropout_p, softmax_scale, causal) == (6, 0.25, None, False)
-        return reference(qkv, cu_seqlens)
+    def flash_attn_2(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None, causal=False,
+    ):  # fmt: skip
+        assert (max_seqlen_q, max_seqlen_k, dropout_p) == (6, 6, 0.25)
+        assert (softmax_scale, causal) == (None, False)
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        return reference(torch.stack([q, k, v], 1), cu_seqlens_q)
 
-    def flash_attn_varlen_func(
+    def flash_attn_4(
         q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None,
         max_seqlen_k=None, softmax_scale=None, causal=False,
     ):  # fmt: skip
@@ -144,14 +149,13 @@ def test_flash_attention_packages_are_called_as_documented(monkeypatch):
         return reference(torch.stack([q, k, v], 1), cu_seqlens_q), None
 
     package, cute = types.ModuleType("flash_attn"), types.ModuleType("flash_attn.cute")
-    package.flash_attn_varlen_qkvpacked_func = flash_attn_varlen_qkvpacked_func
-    cute.flash_attn_varlen_func = flash_attn_varlen_func
+    package.flash_attn_varlen_func = flash_attn_2
+    cute.flash_attn_varlen_func = flash_attn_4
     monkeypatch.setitem(sys.modules, "flash_attn", package)
     monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
     qkv = torch.randn(9, 3, 2, 4)
     layout = layout_of(torch.tensor([0, 5, 9], dtype=torch.int32), 9, 6)
     expected = reference(qkv, layout.cu_seqlens)
-    torch.testing.assert_close(
-        attention.BACKENDS["flash-attn 2"](qkv, layout, 0.25, SEED), expected
-    )
-    torch.testing.assert_close(attention.BACKENDS["flash-attn 4"](qkv, layout, 0.0, SEED), expected)
+    for name, dropout in (("flash-attn 2", 0.25), ("flash-attn 4", 0.0)):
+        out = attention.BACKENDS[name](*qkv.unbind(1), layout.cu_seqlens, 6, dropout)
+        torch.testing.assert_close(out, expected)

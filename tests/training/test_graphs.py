@@ -1,10 +1,12 @@
 """The host's side of CUDA graphs, with a stand-in that keeps its memory as they do."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from launching import tiny_config
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastelectra.config import config_from_dict
 from fastelectra.data.batch import BatchShape
@@ -16,20 +18,20 @@ from fastelectra.training.plain import PlainEngine
 from fastelectra.training.update import Updater
 
 
-def stand_in(module, sample):
+def stand_in(function, sample):
     """Like torch.cuda.make_graphed_callables: inputs, outputs and gradients each keep one place."""
-    parameters = tuple(module.parameters())
-    inputs = [tensor.clone() for tensor in sample]
-    outputs, gradients = [], [torch.zeros_like(p) for p in parameters]
+    places = [tensor for tensor in sample if tensor.requires_grad]
+    outputs, gradients = [], [torch.zeros_like(place) for place in places]
     torch.rand(3)  # capturing draws from the generator
 
     class Replayed(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
-            for place, tensor in zip(inputs, tensors, strict=False):
-                place.copy_(tensor)
+            for place, tensor in zip(sample, tensors, strict=True):
+                if place.data_ptr() != tensor.data_ptr():
+                    place.copy_(tensor)
             with torch.enable_grad():
-                loss, metrics = module.forward(*inputs)
+                loss, metrics = function(*sample)
             ctx.loss, ctx.names = loss, list(metrics)
             values = [loss.detach(), *metrics.values()]
             if not outputs:
@@ -40,17 +42,32 @@ def stand_in(module, sample):
 
         @staticmethod
         def backward(ctx, d_loss, *_):
-            for place, g in zip(
-                gradients, torch.autograd.grad(ctx.loss, parameters, d_loss), strict=True
-            ):
+            found = torch.autograd.grad(ctx.loss, places, d_loss)
+            for place, g in zip(gradients, found, strict=True):
                 place.copy_(g)
-            return (*[None] * len(inputs), *[place.detach() for place in gradients])
+            others = [None] * (len(sample) - len(places))
+            return (*others, *[place.detach() for place in gradients])
 
     def call(*tensors):
-        loss, *values = Replayed.apply(*tensors, *parameters)
+        loss, *values = Replayed.apply(*tensors)
         return loss, dict(zip(NAMES, values, strict=True))
 
     return call
+
+
+def captured_stand_in(function):
+    """Like `captured`: what the function returns keeps one place."""
+    kept = []
+
+    def replay():
+        values, shape = tree_flatten(function())
+        kept.extend(value.clone() for value in values[len(kept) :])
+        for place, value in zip(kept, values, strict=True):
+            place.copy_(value)
+        return tree_unflatten(kept, shape)
+
+    torch.rand(3)  # capturing draws from the generator
+    return replay
 
 
 NAMES = ["masked", "tokens", "mlm_loss", "mlm_correct", "replaced", "predicted", "disc_loss",
@@ -61,6 +78,7 @@ NAMES = ["masked", "tokens", "mlm_loss", "mlm_correct", "replaced", "predicted",
 def made(corpus, monkeypatch):
     """A model with dropout, and two batches."""
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+    monkeypatch.setattr("fastelectra.training.graphs.captured", captured_stand_in)
     # on the CPU the model cuts padding off, which a graph cannot: fixed shapes as on a GPU
     monkeypatch.setattr("fastelectra.model.electra.real_part", lambda batch: batch)
     config = config_from_dict(tiny_config(corpus, "unused"))
@@ -98,19 +116,22 @@ def test_replays_are_the_step_also_where_gradients_add_up(made, count):
     assert [name for name, _ in model.named_parameters()] == names
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_plain_engine_makes_the_same_updates_of_replays(made, corpus, dtype, count):
     model, batches = made
+    batches = [*batches, dataclasses.replace(batches[0], seed=5)]
     config = tiny_config(corpus, "unused", batch_tokens=400 * count, micro_batch_tokens=400)
     config["deepspeed"]["gradient_clipping"] = 0.5  # below the norm: Adam scales what replays wrote
     config, ways = config_from_dict(config), []
     for graphs in (False, True):
         engine = PlainEngine(copy.deepcopy(model), config, count, dtype)
         updater = Updater(engine, config, torch.device("cpu"), graphs=graphs)
-        norms = [float(updater.update(step, batches[:count])) for step in (4, 5, 6)]
+        norms = [updater.update(step, batches[:count]) for step in (4, 5, 6)]
         assert norms[0] > 0.5
-        ways.append([torch.tensor(norms), *engine.module.parameters(), *engine.masters.values()])
+        scores = torch.tensor(list(updater.meter.read().values()))
+        ways.append([torch.stack(norms), scores, *engine.module.parameters(),
+                     *engine.masters.values()])  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*ways, strict=True))
 
 

@@ -67,7 +67,9 @@ def test_two_runs_are_bitwise_equal(name):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
-@pytest.mark.parametrize("name", sorted(set(kernel_cases.CASES) - set(kernel_cases.WAYS)))
+@pytest.mark.parametrize(
+    "name", sorted(set(kernel_cases.CASES) - {*kernel_cases.WAYS, "split_qkv"})
+)
 def test_opcheck(name):
     forward = importlib.import_module(f"fastelectra.kernels.{name}").forward.custom_op
     torch.library.opcheck(forward, kernel_cases.make(name, 6, 40, torch.float32))
@@ -76,6 +78,7 @@ def test_opcheck(name):
 @every_op
 def test_compiles_without_a_graph_break(name):
     inputs = kernel_cases.make(name, 20, 40, torch.float32)
+    torch._dynamo.reset()  # else all ops share the few recompilations that a function may take
     compiled = torch.compile(kernel_cases.operation(name), backend="aot_eager", fullgraph=True)
     eager = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     for c, e in zip(kernel_cases.with_gradients(compiled, inputs), eager, strict=True):

@@ -86,8 +86,8 @@ def test_no_worse_than_twice_pytorchs_error(model, dtype):
             assert torch.equal(fused[name].sum(1), value.sum(1))
             continue
         error, allowed = ((way[name].double() - value).norm() for way in (fused, plain))
-        # the errors of a sum may cancel by chance
-        slack = 5e-4 if dtype == torch.bfloat16 and not value.ndim else 1e-6
+        # the errors of a sum may cancel by chance in one of the two ways
+        slack = 2e-3 if dtype == torch.bfloat16 and not value.ndim else 1e-6
         assert error <= 2 * allowed + slack * value.norm(), name
 
 
