@@ -60,13 +60,16 @@ throughput() { # NAME SECONDS FLAG…
 
 part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
-throughput base 90 --size base --rounds 5 --peers ours-eager natural careful --profile
-throughput small 70 --size small --rounds 5 --peers ours-eager natural careful --profile
-part tests 150 "$python" -m pytest "$repo/tests/kernels"
+xdist=() # compiling the kernels takes many times longer than running them
+has xdist && xdist=(-n 8)
+peers=(--peers natural careful)
+throughput base 100 --size base --tokens-per-step 32768 --rounds 3 --block 10 "${peers[@]}" --profile
+throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
+part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels"
+throughput large 70 --size large --rounds 3 --block 10 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
-throughput large 70 --size large --rounds 3 --block 10 --peers natural careful
-throughput base-compiled 120 --size base --rounds 5 --peers ours-compiled careful compiled
-throughput base-largest 60 --size base --rounds 1 --block 5 --peers natural careful --largest
+throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled
+throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 
 echo "== done in $SECONDS s; results in $out"
 ((${#failed[@]})) || exit 0

@@ -170,6 +170,7 @@ class Clocked:
         return getattr(self.engine, name)
 
     def _clock(self, part: str, function: Callable, *arguments):
+        synchronize(self.device)  # what was launched before is not this part's
         start = time.perf_counter()
         with torch.profiler.record_function(part):
             result = function(*arguments)

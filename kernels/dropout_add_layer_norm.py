@@ -213,9 +213,7 @@ def backward(
             *dropping,
         )
         return dx, d_residual, sums.sum(0).to(torch.promote_types(x_bias.dtype, weight.dtype))
-    # of four warps, with their registers, three fit an H100's SM
-    programs = PROGRAMS * 3 // 2 if warps == 4 else PROGRAMS
-    programs = min(programs, -(-x.shape[0] // constants["R"]))
+    programs = min(PROGRAMS, -(-x.shape[0] // constants["R"]))
     sums = mean.new_empty(programs, 3, x.shape[1])
     _backward[(programs,)](
         dy, x, x_bias, residual, weight, seed, mean, rstd, dx, d_residual, sums, x.shape[0],

@@ -5,8 +5,6 @@ there. (`mlm` has no generator.)"""
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -67,12 +65,11 @@ class Electra(nn.Module):
         filled, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
         seen = batch.masked_inputs
         if kind.generator:
-            with _beside(filled, seeds, layout.cu_seqlens):
-                hidden = self._generate(filled, batch, layout, seeds[0])  # (M, H)
-                mlm_loss, seen, correct = self.generator.head(
-                    hidden, batch.labels, batch.uniforms, objective.temperature,
-                    objective.disallow_correct,
-                )  # fmt: skip
+            hidden = self._generate(filled, batch, layout, seeds[0])  # (M, H)
+            mlm_loss, seen, correct = self.generator.head(
+                hidden, batch.labels, batch.uniforms, objective.temperature,
+                objective.disallow_correct,
+            )  # fmt: skip
             filled, _, replaced = replace_tokens(batch.tokens, batch.masked_positions, seen)
             loss = objective.generator_weight * mlm_loss / chosen
             metrics |= {"mlm_loss": mlm_loss.detach(), "mlm_correct": correct, "replaced": replaced}
@@ -130,25 +127,6 @@ class Electra(nn.Module):
         """[2, 1 + 3 · layers] int64: one for every dropout, from torch's default generator."""
         dropouts = 1 + 3 * len(self.discriminator.encoder)
         return torch.randint(2**63 - 1, (2, dropouts), device=batch.tokens.device)
-
-
-@contextmanager
-def _beside(*tensors: torch.Tensor) -> Iterator[None]:
-    """Where CUDA graphs are captured: in a stream of its own, which uses the `tensors`.
-
-    Backward runs in the streams of forward. The generator's needs nothing of the discriminator's,
-    and beside it, its small kernels cost less than their time alone.
-    """
-    if not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        yield
-        return
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    for tensor in tensors:
-        tensor.record_stream(aside)
-    with torch.cuda.stream(aside):
-        yield
-    here.wait_stream(aside)
 
 
 def parameter_shapes(

@@ -46,20 +46,25 @@ class Weights:
         if precision == "bf16":
             self.model = copy.deepcopy(classifier).to(torch.bfloat16)
             self.model.head.float()
-        self._pairs = list(zip(self.model.parameters(), self.master.parameters(), strict=True))
+        self._masters, self._parameters = (
+            list(module.parameters()) for module in (self.master, self.model)
+        )
 
     def collect_gradients(self) -> None:
         """Move the model's gradients to the fp32 weights."""
         if self.model is not self.master:
-            for parameter, master in self._pairs:
-                master.grad, parameter.grad = parameter.grad.float(), None
+            for master in self._masters:
+                master.grad = torch.empty_like(master)
+            gradients = [parameter.grad for parameter in self._parameters]
+            torch._foreach_copy_([master.grad for master in self._masters], gradients)
+            for parameter in self._parameters:
+                parameter.grad = None
 
     @torch.no_grad()
     def spread(self) -> None:
         """Give the model the fp32 weights as they are now."""
         if self.model is not self.master:
-            for parameter, master in self._pairs:
-                parameter.copy_(master)
+            torch._foreach_copy_(self._parameters, self._masters)
 
 
 def train(

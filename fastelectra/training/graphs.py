@@ -11,6 +11,7 @@ has nothing that only Python can do: all of a micro-batch is one graph, and so i
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -113,7 +114,9 @@ class Graphs:
             return torch.func.functional_call(module, weights, inputs[:count])
 
         static = (*(tensor.clone() for tensor in tensors), *stand_ins)
-        with pinning:  # which a thread that makes batches would do, and spoil the capture
+        with pinning, warnings.catch_warnings():
+            # between its own trial runs and the capture, which are in different streams
+            warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
             self.captured = torch.cuda.make_graphed_callables(step, static)
         self.generator.manual_seed(batch.seed)  # capturing has drawn from it
         if self.accumulates:
