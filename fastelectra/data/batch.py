@@ -11,7 +11,10 @@ pinning = threading.Lock()  # hold it where no other thread may allocate page-lo
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Fixed sizes of every Batch of a run; constant shapes mean no recompiles."""
+    """Fixed sizes of every Batch of a run; constant shapes mean no recompiles.
+
+    (Those of held-out text may hold another number of examples.)
+    """
 
     tokens: int  # T: token budget
     sequences: int  # S: most examples in a batch

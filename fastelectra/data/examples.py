@@ -16,7 +16,6 @@ from fastelectra.data.jit import njit
 ONE_SEGMENT_SHARE = 0.1  # of the examples have no B
 SHORT_SHARE = 0.05  # of the examples aim at a random length in [5, max_length]
 MASK_SHARE = 0.85  # of the chosen positions become [MASK], the others keep their token
-SAMPLE_LINES = 500_000  # of a shard, to know how long its examples are
 OPEN_BATCHES = 32  # that an example may still go to; more would fill them no better
 
 
@@ -64,8 +63,8 @@ def make_plan(
 
 
 def mean_length(lines: np.ndarray, max_length: int) -> float:
-    """Of the examples of the first lines, with [CLS] and [SEP]."""
-    _, first, second = cut_examples(lines[:SAMPLE_LINES], max_length, True, key_of(0, 0))
+    """Of the examples that a shard's lines make, with [CLS] and [SEP]."""
+    _, first, second = cut_examples(lines, max_length, True, key_of(0, 0))
     return float(np.mean(first + second + np.where(second > 0, 3, 2)))
 
 

@@ -124,17 +124,18 @@ def _settings(
     args: argparse.Namespace, found: list[Source], skipped: Skipped
 ) -> tuple[list[Source], dict]:
     """The sources to use, and all that decides the result: their contents, and options."""
-    parts = (found[first : first + 1000] for first in range(0, len(found), 1000))
-    with ThreadPoolExecutor(args.workers) as pool:  # what waits in it takes 1 kB a file
-        digests = [digest for part in parts for digest in pool.map(_digest, part)]
     used: dict[bytes, Source] = {}
-    for source, (digest, problem) in zip(found, digests, strict=True):
-        if problem:
-            skipped.add(source.path, problem)
-        elif digest in used:
-            skipped.add(source.path, "a copy of another file", os.path.basename(used[digest].path))
-        else:
-            used[digest] = source
+    with ThreadPoolExecutor(args.workers) as pool:
+        for first in range(0, len(found), 1000):  # what waits in the pool takes 1 kB a file
+            part = found[first : first + 1000]
+            for source, (digest, problem) in zip(part, pool.map(_digest, part), strict=True):
+                if problem:
+                    skipped.add(source.path, problem)
+                elif digest in used:
+                    original = os.path.basename(used[digest].path)
+                    skipped.add(source.path, "a copy of another file", original)
+                else:
+                    used[digest] = source
     if not used:
         raise FastElectraError(f"there is no text in the input{skipped}")
     root, contents = _root(used.values()), hashlib.sha256()

@@ -42,10 +42,17 @@ def shape_for(shards: Sequence[Shard], data: DataConfig, tokens: int) -> BatchSh
     """The shape of batches of so many tokens of these shards.
 
     Attention on GPUs spends time on every example that there is room for, also where there is none:
-    the room is what the first shard's examples need.
+    the room is what the first shard's examples need. Raises FastElectraError for a damaged one.
     """
-    lengths = (mean_length(shard.lines, data.max_length) for shard in shards if len(shard.tokens))
-    return BatchShape.of(tokens, data.max_length, data.mask_fraction, next(lengths, 1))
+    first = next((shard for shard in shards if len(shard.tokens)), None)
+    mean = 1 if first is None else mean_length(_sound(first, data).lines, data.max_length)
+    return BatchShape.of(tokens, data.max_length, data.mask_fraction, mean)
+
+
+def _sound(shard: Shard, data: DataConfig) -> Shard:
+    if not shard.is_sound():
+        raise FastElectraError(f"{data.path}: a shard is damaged: prepare it again")
+    return shard
 
 
 class BatchStream:
@@ -130,9 +137,8 @@ class BatchStream:
             epoch, shard = epoch + 1, 0
 
     def _plan(self, number: int, key: np.uint64) -> Plan:
-        shard, data = self.shards[number], self.data
-        if not shard.is_sound():
-            raise FastElectraError(f"{data.path}: a shard is damaged: prepare it again")
+        data = self.data
+        shard = _sound(self.shards[number], data)
         return make_plan(
             shard.tokens, shard.lines, data.max_length, data.mask_fraction, data.google_parity,
             self.shape, key,

@@ -4,6 +4,8 @@ import errno
 import gzip
 import json
 import os
+import resource
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -302,9 +304,9 @@ def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     """Memory stays bounded: 64 rows of 4 MB each took 1.1 GB."""
     taken, iterate = [], pyarrow.parquet.ParquetFile.iter_batches
 
-    def spy(file, batch_size, columns):
+    def spy(file, batch_size, **settings):
         taken.append(batch_size)
-        return iterate(file, batch_size=batch_size, columns=columns)
+        return iterate(file, batch_size=batch_size, **settings)
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", spy)
     documents = [[f"{n} " + "x" * 1000] for n in range(100)]
@@ -313,6 +315,29 @@ def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "ROWS_BYTES", 3000)
     assert read(tmp_path / "a.parquet") == documents
     assert taken == [64, 2]
+
+
+def test_a_row_of_any_length_costs_itself_only(tmp_path):
+    long = "x" * (reader.RECORD_BYTES + 1)
+    (tmp_path / "a.parquet").write_bytes(as_parquet([["good"], [long], ["last"]]))
+    skipped = Skipped()
+    assert read(tmp_path / "a.parquet", skipped=skipped) == GOOD
+    assert skipped.to_jsonl(tmp_path).count("row 2") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="bounds what the process may take")
+def test_what_unpacks_to_more_than_memory_is_skipped(tmp_path, monkeypatch):
+    """64 rows of one long text are a small file, since it is stored once, and fill any memory."""
+    monkeypatch.setattr(reader, "PARQUET_BYTES", 32 << 20)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    (tmp_path / "a.parquet").write_bytes(as_parquet([["x" * (1 << 20)]] * 64))
+    (tmp_path / "b.parquet").write_bytes(as_parquet([["good"], ["last"]]))
+    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
+    skipped = Skipped()
+    assert read(tmp_path, skipped=skipped) == GOOD
+    (reason,) = skipped.by_reason()
+    assert "takes more than 32 MiB of memory at once" in reason
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])

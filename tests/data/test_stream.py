@@ -5,17 +5,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from texts import prepare
 
 from fastelectra.config import DataConfig
 from fastelectra.data.batch import Batch, BatchShape
-from fastelectra.data.shards import open_corpus
-from fastelectra.data.stream import BatchStream, Position, prefetch
+from fastelectra.data.counters import key_of
+from fastelectra.data.examples import make_plan
+from fastelectra.data.shards import Shard, open_corpus
+from fastelectra.data.stream import BatchStream, Position, prefetch, shape_for
 from fastelectra.errors import FastElectraError
 
 START = Position()
@@ -44,6 +47,27 @@ def real_tokens(batch, special):
 def test_the_corpus_has_several_shards(sharded_corpus):
     assert len(sharded_corpus.split("train")) >= 4
     assert len(sharded_corpus.split("heldout")) >= 2
+
+
+@pytest.mark.parametrize("lengths", [[120] * 3000, [15] * 20_000, [120] * 2000 + [15] * 16_000])
+def test_batches_have_room_for_their_examples_and_little_more(lengths):
+    """Also where short documents come after all the long ones."""
+    lines = np.stack([lengths, np.zeros_like(lengths)], 1).reshape(-1).astype(np.uint32)
+    shard = Shard(np.full(sum(lengths), 9, np.uint16), lines)
+    data = DataConfig(path="made up", max_length=128)
+    shape = shape_for([shard], data, 4096)
+    plan, free = (
+        make_plan(shard.tokens, lines, 128, 0.15, False, room, key_of(1, 2))
+        for room in (shape, replace(shape, sequences=4096))
+    )
+    assert len(plan) < 1.02 * len(free)
+    assert shape.sequences < 2 * np.diff(plan.bounds).mean()
+
+
+def test_the_shape_of_a_damaged_shard_is_an_error():
+    shard = Shard(np.full(5, 9, np.uint16), np.array([4, 0], np.uint32))
+    with pytest.raises(FastElectraError, match="a shard is damaged"):
+        shape_for([shard], DataConfig(path="made up"), 1024)
 
 
 def test_every_token_appears_once_an_epoch(sharded_corpus):
