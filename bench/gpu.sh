@@ -65,7 +65,8 @@ has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
 throughput base 100 --size base --tokens-per-step 32768 --rounds 3 --block 10 "${peers[@]}" --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
-part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels"
+part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels" \
+  "$repo/tests/training/test_graphs.py"
 throughput large 70 --size large --rounds 3 --block 10 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
 throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled

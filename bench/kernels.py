@@ -58,9 +58,9 @@ def launches(preset: str, dtype: torch.dtype) -> list[aot.Launch]:
 
 def run_once(case: Case) -> None:
     """Forward, and backward where there is one."""
-    output = case.call(case.make())
-    if output.requires_grad:
-        output.sum().backward()
+    outputs = case.call(case.make())
+    if outputs[0].requires_grad:
+        sum(output.sum() for output in outputs).backward()
 
 
 def roofline(case: Case, rates: dict) -> tuple[float, float]:
@@ -171,7 +171,7 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         torch._dynamo.reset()  # else all cases share the few recompilations that one function may
         # take, and run eagerly when they are used up; with fullgraph that would be an error
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    gradient = torch.randn_like(forward()) if wanted else None
+    gradients = [torch.randn_like(output) for output in forward()] if wanted else None
 
     def forward_and_flush():
         output = forward()
@@ -179,7 +179,7 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         return output
 
     def step():
-        torch.autograd.grad(forward_and_flush(), wanted, gradient)
+        torch.autograd.grad(forward_and_flush(), wanted, gradients)
 
     try:
         times = [milliseconds(forward), 0.0]

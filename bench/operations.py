@@ -24,11 +24,12 @@ class Case:
     bytes: tuple[float, float]  # moved by forward and by backward
     flop: tuple[float, float] = (0, 0)
 
-    def call(self, inputs: tuple, reference: bool = False):
-        """The op's first output."""
+    def call(self, inputs: tuple, reference: bool = False) -> list[torch.Tensor]:
+        """The op's outputs that have a gradient, or the first."""
         function = getattr(kernels, self.op + ("_reference" if reference else ""))
         output = function(*inputs)
-        return output[0] if isinstance(output, tuple) else output
+        outputs = output if isinstance(output, tuple) else (output,)
+        return [output for output in outputs if output.requires_grad] or [outputs[0]]
 
 
 def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2**31) -> list[Case]:
@@ -52,7 +53,11 @@ def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2*
         maker.replaced_token_loss(model.hidden_size),
     ]
     for hidden, ffn in ((narrow, narrow_ffn), (model.hidden_size, model.intermediate_size)):
-        found += [maker.dropout_add_layer_norm(hidden, model.dropout), maker.bias_gelu(ffn)]
+        found += [
+            maker.split_qkv(hidden),
+            maker.dropout_add_layer_norm(hidden, model.dropout),
+            maker.bias_gelu(ffn),
+        ]
     return found
 
 
@@ -120,6 +125,12 @@ class Maker:
 
         share = self.masked / self.tokens
         return self._case("masked_gather", self.tokens, width, make, (2 * share, 1 + share))
+
+    def split_qkv(self, width):
+        def make():
+            return self._random(self.tokens, 3, 1, width), self._random(3 * width)
+
+        return self._case("split_qkv", self.tokens, width, make, (0, 6))
 
     def replace_tokens(self):
         def make():

@@ -109,7 +109,7 @@ class TrainingConfig:
     seed: int = 0
     init_from: str = ""  # folder written by `fastelectra import`: weights to start from
     kernels: str = "auto"  # auto | triton | torch
-    cuda_graphs: bool = True  # forward and backward launched as one, up to ZeRO stage 2
+    cuda_graphs: bool = True  # a step in a few launches, up to ZeRO stage 2
     log_every: int = 100  # steps
     eval_every: int = 5_000
     eval_tokens: int = 500_000  # at most so many held-out tokens an evaluation

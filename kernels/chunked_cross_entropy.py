@@ -260,7 +260,7 @@ def forward(
     padding = -vocabulary % 64
     padded_bias = F.pad(bias, (0, padding), value=-torch.inf)
     # those of GPUs need as much of the table, too
-    table = F.pad(weight, (0, 0, 0, padding)) if hidden.is_cuda else weight
+    table = F.pad(weight, (0, 0, 0, padding)) if hidden.is_cuda and padding else weight
     outputs = _outputs(hidden, table, padded_bias[: len(table)], gradients)
     _, sampled, _, d_hidden, d_weight, d_bias = outputs
     loss = d_weight.new_empty(rows)

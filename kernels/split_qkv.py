@@ -83,5 +83,5 @@ def split_qkv(
 
 def split_qkv_reference(qkv, bias):
     """`split_qkv` in plain PyTorch."""
-    nothing = (bias - bias.detach()).view(qkv.shape[1:])
+    nothing = (bias - bias.detach()).view(qkv.shape[1:]).to(qkv.dtype)
     return (qkv + nothing).unbind(1)

@@ -60,7 +60,7 @@ def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: 
 
 @cache
 def backend(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """The name in BACKENDS of the fastest implementation for this device and type."""
+    """The fastest implementation for this device and type: "packed", or a name in BACKENDS."""
     if device.type != "cuda":
         return choose(None, dtype, head_size, dropout, frozenset())
     capability = torch.cuda.get_device_capability(device)

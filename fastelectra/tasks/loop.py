@@ -46,25 +46,27 @@ class Weights:
         if precision == "bf16":
             self.model = copy.deepcopy(classifier).to(torch.bfloat16)
             self.model.head.float()
-        self._masters, self._parameters = (
-            list(module.parameters()) for module in (self.master, self.model)
-        )
+        self._pairs: dict[torch.dtype, list] = {}  # of one type each, which are copied at once
+        for pair in zip(self.model.parameters(), self.master.parameters(), strict=True):
+            self._pairs.setdefault(pair[0].dtype, []).append(pair)
 
     def collect_gradients(self) -> None:
         """Move the model's gradients to the fp32 weights."""
         if self.model is not self.master:
-            for master in self._masters:
-                master.grad = torch.empty_like(master)
-            gradients = [parameter.grad for parameter in self._parameters]
-            torch._foreach_copy_([master.grad for master in self._masters], gradients)
-            for parameter in self._parameters:
-                parameter.grad = None
+            for pairs in self._pairs.values():
+                for _, master in pairs:
+                    master.grad = torch.empty_like(master)
+                gradients = [master.grad for _, master in pairs]
+                torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in pairs])
+                for parameter, _ in pairs:
+                    parameter.grad = None
 
     @torch.no_grad()
     def spread(self) -> None:
         """Give the model the fp32 weights as they are now."""
         if self.model is not self.master:
-            torch._foreach_copy_(self._parameters, self._masters)
+            for pairs in self._pairs.values():
+                torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 def train(

@@ -49,7 +49,7 @@ class Plan:
     stage: int  # of ZeRO
     accumulation: int  # micro-batches of one rank in one step
     device: torch.device
-    graphs: bool  # whether forward and backward are replayed as CUDA graphs
+    graphs: bool  # whether CUDA graphs are replayed
 
     @property
     def tells_norm(self) -> bool:

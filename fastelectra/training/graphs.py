@@ -5,14 +5,15 @@ one shape and nothing in the step waits for the GPU, so a batch is copied to whe
 lay and the graphs are replayed. Masks and dropout stay functions of the batch's seed, since a graph
 reads its generator's state when it is replayed.
 
-With DeepSpeed's engine, forward and backward are a graph each (`Graphs`). The plain engine's code
-has nothing that only Python can do: all of a micro-batch is one graph, and so is the update
-(`Replay`).
+With DeepSpeed's engine, and in fp32, forward and backward are a graph each (`Graphs`). The plain
+engine's code in bf16 has nothing that only Python can do: all of a micro-batch is one graph, and so
+is the update (`Replay`).
 """
 
 import dataclasses
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -21,11 +22,20 @@ from fastelectra.data.batch import Batch, pinning
 from fastelectra.model.electra import Electra
 
 
+@cache
+def _pool() -> tuple[int, int]:
+    """The memory that all captures share: their graphs are never replayed at once."""
+    return torch.cuda.graph_pool_handle()
+
+
 def captured(function: Callable) -> Callable:
     """What launches the kernels that `function` would, and returns what it returned when captured:
     the same tensors each time, with new values."""
     graph = torch.cuda.CUDAGraph()
-    with pinning, torch.cuda.graph(graph):  # page-locking memory meanwhile would spoil the capture
+    with (
+        pinning,
+        torch.cuda.graph(graph, pool=_pool()),
+    ):  # page-locking memory meanwhile would spoil the capture
         outputs = function()
 
     def replay():

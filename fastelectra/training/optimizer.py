@@ -28,6 +28,7 @@ class PaperAdam(torch.optim.AdamW):
     def step(self, closure=None):
         """One update; a parameter seen for the first time gets its state first."""
         for group in self.param_groups:
+            group["capturable"] = _capturing()
             for parameter in group["params"]:
                 if parameter.grad is not None and not self.state[parameter]:
                     self.state[parameter] = {
@@ -36,6 +37,10 @@ class PaperAdam(torch.optim.AdamW):
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
         return super().step(closure)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

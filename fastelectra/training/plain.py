@@ -62,7 +62,7 @@ class PlainEngine:
         for master in self.masters.values():
             master.grad = torch.zeros_like(master)
         for group in self.optimizer.param_groups:
-            group |= {"lr": torch.zeros((), device=generator.device), "capturable": True}
+            group["lr"] = torch.zeros((), device=generator.device)
         self.update = Replay(self.update, generator)
 
     def step(self) -> None:

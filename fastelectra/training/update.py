@@ -70,7 +70,7 @@ class Updater:
 
     def _learn(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Forward and backward; returns the metrics, and whether the loss is a number."""
-        loss, metrics = self.engine(batch.to(self.device))
+        loss, metrics = self._forward(batch)
         valid = loss.detach().isfinite()
         # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.
         self.engine.backward(loss * torch.where(valid, float(self.batches_per_step), math.nan))
@@ -79,6 +79,9 @@ class Updater:
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The model's loss and metrics; dropout depends on the batch, not on the rank."""
         self.generator.manual_seed(batch.seed)
+        return self._forward(batch)
+
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.engine(batch.to(self.device))
 
     def learning_rate(self, step: int) -> float:

@@ -10,7 +10,7 @@ from packing import packed_batch, randomize
 from scipy.stats import chisquare
 
 from fastelectra.config import ModelConfig, ObjectiveConfig, load_config
-from fastelectra.model import Electra, attention, electra
+from fastelectra.model import Electra, attention, electra, encoder
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCAB_SIZE = 61
@@ -149,6 +149,23 @@ def test_nothing_waits_for_the_device(monkeypatch):
     assert metrics["histogram"].shape == (2, 1024)
     assert all(value.dtype == torch.float32 for value in (loss, *metrics.values()))
     assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_attention_in_three_parts_gives_the_same_gradients(monkeypatch):
+    """As on GPUs, where the bias of queries, keys and values gets its gradient with theirs."""
+    batches = [packed_batch(LENGTHS, VOCAB_SIZE)]
+    expected = losses_and_gradients(tiny(), batches)
+
+    def backend(q, k, v, boundaries, _, dropout):
+        qkv, seed = torch.stack([q, k, v], 1), torch.zeros(1, dtype=torch.int64)
+        return attention.packed_attention(qkv, boundaries, dropout, seed)
+
+    monkeypatch.setattr(encoder, "takes_bias", lambda device: True)
+    monkeypatch.setattr(attention, "backend", lambda *_: "torch flash")
+    monkeypatch.setitem(attention.BACKENDS, "torch flash", backend)
+    found = losses_and_gradients(tiny(), batches)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, msg=name)
 
 
 def test_bf16_weights_give_the_loss_of_fp32_within_their_precision():

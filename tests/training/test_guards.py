@@ -53,13 +53,13 @@ def updated(process, corpus, steps, precision, stage, spoilers):
     config = config_of(corpus, precision, stage, bias_correction=True)
     engine = engine_of(process, corpus, None, precision, stage, bias_correction=True)
     updater = Updater(engine, config, torch.device("cpu"), stage != 0 or precision != "fp32")
-    forward, states = updater.forward, []
+    forward, states = updater._forward, []
 
     def spoiled(batch):
         loss, metrics = forward(batch)
         return (spoil(loss) if batch is batches[-1] else loss), metrics
 
-    updater.forward = spoiled
+    updater._forward = spoiled
     for batches, spoil in zip(steps, spoilers, strict=True):
         norm = float(updater.update(4, batches))
         assert math.isfinite(norm) == (spoil is spoil_nothing)

@@ -14,9 +14,9 @@ import torch
 from launching import COMMAND, PLAIN, assert_same_checkpoint, deepspeed, tiny_config
 
 from fastelectra.config import config_from_dict
-from fastelectra.data.batch import Batch, BatchShape
+from fastelectra.data.batch import Batch
 from fastelectra.data.shards import open_corpus
-from fastelectra.data.stream import BatchStream, Position
+from fastelectra.data.stream import BatchStream, Position, shape_for
 from fastelectra.hub import load_pretrained
 from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint
@@ -196,8 +196,9 @@ def test_ranks_and_accumulation_equal_one_big_batch(corpus, train, tmp_path):
     assert "500 tokens × 2 micro-batches × 2 processes" in output
 
     config, opened = config_from_dict(values), open_corpus(corpus)
-    shape = BatchShape.of(500, 64, 0.15)
-    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, 4, seed=0)
+    shards = opened.split("train")
+    shape = shape_for(shards, config.data, 500)
+    stream = BatchStream(shards, opened.special, config.data, shape, 4, seed=0)
     torch.manual_seed(0)
     model = Electra(config.model, opened.vocab_size, config.objective)
     parameters = list(model.parameters())

@@ -71,7 +71,9 @@ def launches(preset, dtype):
             model.generator_logits(batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoder, "attention", lambda qkv, *_: sum(kernels.split_qkv(qkv, _[-1])))
+        patch.setattr(
+            encoder, "attention", lambda qkv, *others: sum(kernels.split_qkv(qkv, others[-1]))
+        )
         return list(dict.fromkeys(aot.record(train_and_evaluate)))
 
 
