@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --hypothesis-profile=ci
+	$(BIN)/python -m pytest --hypothesis-profile=ci -n auto --dist loadfile
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/executed
 
 $(BIN)/python:

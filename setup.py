@@ -35,6 +35,7 @@ setup(
         "dev": [
             "transformers>=5.0",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "ruff>=0.9",
             "pyarrow>=15",
