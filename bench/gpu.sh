@@ -66,7 +66,7 @@ peers=(--peers natural careful)
 throughput base 100 --size base --tokens-per-step 32768 --rounds 3 --block 10 "${peers[@]}" --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
 part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels" \
-  "$repo/tests/training/test_graphs.py"
+  "$repo/tests/training/test_graphs.py" "$repo/tests/tasks/test_step.py"
 throughput large 70 --size large --rounds 3 --block 10 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
 throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled

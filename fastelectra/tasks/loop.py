@@ -16,12 +16,14 @@ import torch
 from fastelectra.config import OptimizerConfig
 from fastelectra.errors import FastElectraError
 from fastelectra.tasks.classifier import Classifier, layer_groups, loss_of
-from fastelectra.tasks.packing import Example, pack
+from fastelectra.tasks.packing import Example, Labelled, pack
 from fastelectra.tasks.table import BATCH, WARMUP
+from fastelectra.training.graphs import Replay, default_generator
 from fastelectra.training.optimizer import PaperAdam
 from fastelectra.training.schedule import learning_rate
 
 PREDICTED = 8192  # about so many tokens at a time
+BUCKET = 512  # tokens: a GPU takes batches padded to a multiple, each with a CUDA graph of its own
 LINES = 10  # of progress, a run
 
 
@@ -55,7 +57,8 @@ class Weights:
         if self.model is not self.master:
             for pairs in self._pairs.values():
                 for _, master in pairs:
-                    master.grad = torch.empty_like(master)
+                    if master.grad is None:
+                        master.grad = torch.empty_like(master)
                 gradients = [master.grad for _, master in pairs]
                 torch._foreach_copy_(gradients, [parameter.grad for parameter, _ in pairs])
                 for parameter, _ in pairs:
@@ -63,8 +66,10 @@ class Weights:
 
     @torch.no_grad()
     def spread(self) -> None:
-        """Give the model the fp32 weights as they are now."""
-        if self.model is not self.master:
+        """Give the model the fp32 weights as they are now; gradients are used up."""
+        if self.model is self.master:
+            self.master.zero_grad()
+        else:
             for pairs in self._pairs.values():
                 torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
@@ -83,7 +88,6 @@ def train(
     when the loss is no number.
     """
     torch.manual_seed(seed)
-    device = classifier.head.weight.device
     labels = torch.tensor(labels, dtype=torch.float32)
     weights = Weights(classifier, settings.precision)
     weights.model.train()
@@ -91,14 +95,15 @@ def train(
         layer_groups(classifier, settings.layer_decay, settings.decay_convention),
         OptimizerConfig(weight_decay=0.0),
     )
+    learn = Steps(weights, optimizer)
     steps = settings.epochs * -(-len(examples) // BATCH)
     every, began, tokens, losses = -(-steps // LINES), time.monotonic(), 0, []
     for step, chosen in enumerate(batches(len(examples), settings.epochs, seed)):
-        batch = pack([examples[i] for i in chosen], settings.max_length)
+        batch = pack([examples[i] for i in chosen], settings.max_length, learn.multiple)
+        batch = Labelled(*vars(batch).values(), labels[chosen])
         rate = learning_rate(step, settings.lr, WARMUP * steps, steps)
-        loss = update(weights, optimizer, batch.to(device), labels[chosen].to(device), rate)
-        tokens += len(batch.tokens)
-        losses.append(loss)
+        losses.append(learn(batch, rate))
+        tokens += int(batch.cu_seqlens[-1])
         if (step + 1) % every == 0 or step + 1 == steps:
             mean = float(torch.stack(losses).mean())
             if not np.isfinite(mean):
@@ -114,20 +119,50 @@ def train(
     return weights
 
 
-def update(
-    weights: Weights, optimizer: PaperAdam, batch, labels: torch.Tensor, rate: float
-) -> torch.Tensor:
-    """One step: loss, gradients, clipping to norm 1, Adam. Returns the loss []."""
-    loss = loss_of(weights.model(batch), labels)
-    loss.backward()
-    weights.collect_gradients()
-    torch.nn.utils.clip_grad_norm_(weights.master.parameters(), 1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad()
-    weights.spread()
-    return loss.detach()
+class Steps:
+    """Training steps of `weights` on its device: on a GPU in bf16 replayed as CUDA graphs, one for
+    each number of tokens, since a batch of 32 takes it less time than Python needs to launch it."""
+
+    def __init__(self, weights: Weights, optimizer: PaperAdam):
+        self.weights, self.optimizer = weights, optimizer
+        self.device = weights.master.head.weight.device
+        self.replays: dict[int, Replay] | None = None
+        if self.device.type == "cuda" and weights.model is not weights.master:
+            self.capture()
+
+    @property
+    def multiple(self) -> int:
+        """What the number of tokens in a batch should be a multiple of."""
+        return 1 if self.replays is None else BUCKET
+
+    def capture(self) -> None:
+        """From now on capture and replay."""
+        self.replays = {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.zeros((), device=self.device)
+
+    def __call__(self, batch: Labelled, rate: float) -> torch.Tensor:
+        """One step at the learning rate `rate` of the head. Returns the loss []."""
+        for group in self.optimizer.param_groups:
+            if self.replays is None:
+                group["lr"] = rate * group["scale"]
+            else:
+                group["lr"].fill_(rate * group["scale"])
+        if self.replays is None or len(batch.labels) < BATCH:  # an epoch's last batch
+            return self._learn(batch)
+        replay = Replay(self._learn, default_generator(self.device))
+        return self.replays.setdefault(len(batch.tokens), replay)(batch).clone()
+
+    def _learn(self, batch: Labelled) -> torch.Tensor:
+        """Loss, gradients, clipping to norm 1, Adam."""
+        batch = batch.to(self.device)
+        loss = loss_of(self.weights.model(batch), batch.labels)
+        loss.backward()
+        self.weights.collect_gradients()
+        torch.nn.utils.clip_grad_norm_(self.weights.master.parameters(), 1.0)
+        self.optimizer.step()
+        self.weights.spread()
+        return loss.detach()
 
 
 def batches(examples: int, epochs: int, seed: int) -> Iterator[np.ndarray]:

@@ -19,18 +19,25 @@ class Example:
 
 @dataclass(frozen=True)
 class Packed:
-    """Examples one after another; T tokens, S examples."""
+    """Examples one after another; T tokens, S examples, and padding if cu_seqlens ends before T."""
 
     tokens: torch.Tensor  # [T] int32
     segments: torch.Tensor  # [T] int32: 0 for [CLS] A [SEP], 1 for B [SEP]
     positions: torch.Tensor  # [T] int32: from 0 in each example
-    cu_seqlens: torch.Tensor  # [S+1] int32: where examples begin, and T
+    cu_seqlens: torch.Tensor  # [S+1] int32: where examples begin, and the last one ends
     max_length: int  # bound on the length of an example
 
     def to(self, device: torch.device) -> "Packed":
         """The batch on `device`."""
         values = (getattr(self, entry.name) for entry in fields(self))
-        return Packed(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
+        return type(self)(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in values))
+
+
+@dataclass(frozen=True)
+class Labelled(Packed):
+    """What a training step takes."""
+
+    labels: torch.Tensor  # [S] float32
 
 
 def encode(
@@ -63,12 +70,13 @@ def encode(
     return examples
 
 
-def pack(examples: Sequence[Example], max_length: int) -> Packed:
-    """Lay examples one after another."""
+def pack(examples: Sequence[Example], max_length: int, multiple: int = 1) -> Packed:
+    """Lay examples one after another; padding makes the number of tokens a `multiple`."""
     lengths = np.array([len(example.tokens) for example in examples])
     bounds = np.concatenate([[0], lengths.cumsum()])
     positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)
     segments = positions >= np.repeat([example.first for example in examples], lengths)
     tokens = np.concatenate([example.tokens for example in examples])
-    arrays = (tokens, segments, positions, bounds)
+    padding = -len(tokens) % multiple
+    arrays = (*(np.pad(array, (0, padding)) for array in (tokens, segments, positions)), bounds)
     return Packed(*(torch.from_numpy(array.astype(np.int32)) for array in arrays), max_length)

@@ -6,7 +6,7 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.data.batch import Batch
-from fastelectra.training.graphs import Graphs, Replay
+from fastelectra.training.graphs import Graphs, Replay, default_generator
 from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter, Skips
 from fastelectra.training.plain import PlainEngine
@@ -39,7 +39,7 @@ class Updater:
         self.tells_norm = tells_norm
         self.meter, self.skips = Meter(), Skips()
         self.batches_per_step = micro_batches(config)
-        self.generator = _default_generator(device)
+        self.generator = default_generator(device)
         self.replays: dict[bool, Replay] = {}  # of `_learn`, by whether a batch is a step's first
         if graphs and isinstance(engine, PlainEngine) and engine.copied:
             self.replays = {first: Replay(self._learn, self.generator) for first in (True, False)}
@@ -102,10 +102,3 @@ class Updater:
 def _processes() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_initialized() else 1
-
-
-def _default_generator(device: torch.device) -> torch.Generator:
-    """What dropout draws from on this device. Seeding it alone takes 1/100 of torch.manual_seed."""
-    if device.type == "cuda":
-        return torch.cuda.default_generators[device.index]
-    return torch.default_generator

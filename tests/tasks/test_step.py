@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from recording import captured_stand_in
 from torch import nn
 from transformers import AutoTokenizer, ElectraModel
 
+from fastelectra import kernels
 from fastelectra.config import ModelConfig, OptimizerConfig
 from fastelectra.data import vocabulary
 from fastelectra.model.hub_names import hub_names
-from fastelectra.tasks import pretrained
+from fastelectra.tasks import loop, pretrained
 from fastelectra.tasks.classifier import GOOGLE, PLAIN, Classifier, layer_groups, loss_of
-from fastelectra.tasks.loop import Weights, batches, predict, update
-from fastelectra.tasks.packing import encode, pack
+from fastelectra.tasks.loop import Steps, Weights, batches, predict
+from fastelectra.tasks.packing import Labelled, encode, pack
 from fastelectra.training.optimizer import PaperAdam
 
 TEXTS = [
@@ -32,9 +34,10 @@ def start(checkpoint):
     return pretrained.load(checkpoint)
 
 
-def batch_of(start):
+def batch_of(start, labels=None, multiple=1):
     encoder = vocabulary.line_encoder(start.tokenizer)
-    return pack(encode(encoder, start.special, TEXTS, 24), 24)
+    batch = pack(encode(encoder, start.special, TEXTS, 24), 24, multiple)
+    return batch if labels is None else Labelled(*vars(batch).values(), labels)
 
 
 class Reference(nn.Module):
@@ -88,7 +91,7 @@ def test_two_steps_are_those_of_transformers_and_torch(start, exported, outputs)
                     parameter.grad[0] = theirs[0]
                 torch.testing.assert_close(parameter.grad, theirs, rtol=1e-8, atol=1e-10)
             optimizer.zero_grad()
-        ours = update(Weights(classifier, "fp32"), optimizer, batch_of(start), labels, RATE)
+        ours = Steps(Weights(classifier, "fp32"), optimizer)(batch_of(start, labels), RATE)
         torch.testing.assert_close(ours, loss.detach(), rtol=1e-9, atol=1e-9)
 
         with torch.no_grad():
@@ -138,11 +141,54 @@ def test_bf16_keeps_fp32_weights(start):
     assert weights.model.embeddings.word.dtype == torch.bfloat16
     optimizer = PaperAdam(layer_groups(classifier, 0.8, GOOGLE), OptimizerConfig())
     labels, before = torch.tensor([0, 1, 0, 1]), classifier.embeddings.word.clone()
-    first = update(weights, optimizer, batch_of(start), labels, 1e-5)
+    first = Steps(weights, optimizer)(batch_of(start, labels), 1e-5)
     assert not torch.equal(before, classifier.embeddings.word)
     assert torch.equal(weights.model.embeddings.word, classifier.embeddings.word.bfloat16())
     expected = loss_of(start.classifier(2, seed=0).eval()(batch_of(start)), labels)
     torch.testing.assert_close(first, expected.detach(), rtol=0.2, atol=0.2)  # dropout
+
+
+def steps(start, captures, device="cpu"):
+    """Losses and weights after five steps of two sizes, with growing rates and dropout."""
+    classifier = start.classifier(2, seed=0).to(device)
+    weights = Weights(classifier, "bf16")
+    learn = Steps(weights, PaperAdam(layer_groups(classifier, 0.8, GOOGLE), OptimizerConfig()))
+    if captures:
+        learn.capture()
+    elif device != "cpu":
+        learn.replays = None
+    torch.manual_seed(3)
+    labels = torch.tensor([0, 1, 0, 1])
+    sizes = (64, 64, 96, 64, 96)  # tokens, for both ways
+    losses = [learn(batch_of(start, labels + 0, size), 1e-3 * n) for n, size in enumerate(sizes, 1)]
+    return [torch.stack(losses), *classifier.parameters(), *weights.model.parameters()]
+
+
+def test_replays_are_the_same_steps(start, monkeypatch):
+    monkeypatch.setattr("fastelectra.training.graphs.captured", captured_stand_in)
+    monkeypatch.setattr(loop, "BATCH", len(TEXTS))
+    kernels.set_backend("torch")  # loops on the CPU are no calls on tensors
+    try:
+        eager, replayed = steps(start, False), steps(start, True)
+    finally:
+        kernels.set_backend("auto")
+    assert all(torch.equal(a, b) for a, b in zip(eager, replayed, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures graphs")
+def test_replays_on_a_gpu_are_the_same_steps(start, monkeypatch):
+    monkeypatch.setattr(loop, "BATCH", len(TEXTS))
+    for eager, replayed in zip(
+        steps(start, False, "cuda:0"), steps(start, True, "cuda:0"), strict=True
+    ):
+        torch.testing.assert_close(replayed, eager, rtol=0.02, atol=0.02)
+
+
+def test_padding_changes_nothing(start):
+    classifier = start.classifier(2, seed=0).double().eval()
+    padded = batch_of(start, multiple=50)
+    assert len(padded.tokens) % 50 == 0 != len(batch_of(start).tokens) % 50
+    torch.testing.assert_close(classifier(padded), classifier(batch_of(start)))
 
 
 def test_examples_are_cut_as_google_cuts_them():
