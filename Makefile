@@ -29,8 +29,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --hypothesis-profile=ci -n auto --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/executed
+	$(BIN)/python -m pytest --hypothesis-profile=ci -n 2 --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/kernels/executed
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
