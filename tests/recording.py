@@ -24,7 +24,7 @@ class Recorder(TorchDispatchMode):
         return output
 
 
-def captured_stand_in(function):
+def captured_stand_in(function, pool):
     """Like `captured`: repeats calls on tensors, and no Python; changes nothing itself."""
     torch.rand(3)  # capturing draws from the generator
     with Recorder() as recorder:

@@ -4,13 +4,11 @@ import gzip
 import io
 import json
 import os
-import resource
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import BinaryIO
 
 from fastelectra.data.sources import Skipped, Source
@@ -20,7 +18,6 @@ ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
 LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
 RECORD_BYTES = 1 << 25  # a longer line of a .jsonl file is skipped: it takes up to 13 × its size
 ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
-PARQUET_BYTES = 1 << 28  # that unpacking them may take: a page or dictionary has any size
 
 
 class _Unreadable(Exception):
@@ -118,17 +115,10 @@ class Reader:
     def _parquet(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
         parquet = _optional("pyarrow.parquet", source)
         arrow = _optional("pyarrow", source)
-        arrow.set_memory_pool(arrow.system_memory_pool())  # takes no more than it is asked for
         with _seekable(stream, source) as seekable:
             try:
-                with _bounded(PARQUET_BYTES):
-                    file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
+                file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
                 yield from self._rows(source, file)
-            except MemoryError:
-                raise _Unreadable(
-                    f"from some place on takes more than {PARQUET_BYTES >> 20} MiB of memory at"
-                    " once: write it with smaller pages"
-                ) from None
             except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
                 raise _Unreadable("damaged or not Parquet from some place on") from None
 
@@ -144,12 +134,7 @@ class Reader:
         groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
         widest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
         rows = max(1, min(ROWS, ROWS_BYTES // max(1, widest)))
-        batches = file.iter_batches(batch_size=rows, columns=[self.field], use_threads=False)
-        while True:
-            with _bounded(PARQUET_BYTES):
-                batch = next(batches, None)
-            if batch is None:
-                return
+        for batch in file.iter_batches(batch_size=rows, columns=[self.field]):
             for value in batch.column(0):
                 row += 1
                 if batch.nbytes > RECORD_BYTES and _stored(value) > RECORD_BYTES:
@@ -183,26 +168,9 @@ class Reader:
 
 def _stored(value) -> int:
     """Bytes of one of pyarrow's texts; 0 for what is none."""
+    value = getattr(value, "value", value)  # of a dictionary's scalar
     buffer = value.as_buffer() if hasattr(value, "as_buffer") else None
     return 0 if buffer is None else buffer.size
-
-
-@contextmanager
-def _bounded(size: int) -> Iterator[None]:
-    """On Linux: MemoryError for what takes so many more bytes than the process now has."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except OSError:
-        yield
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    now = pages * resource.getpagesize()
-    limits = [x for x in (now + size, soft, hard) if x != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _decompressed(raw: BinaryIO, source: Source) -> BinaryIO:

@@ -18,7 +18,7 @@ from fastelectra.errors import FastElectraError
 from fastelectra.tasks.classifier import Classifier, layer_groups, loss_of
 from fastelectra.tasks.packing import Example, Labelled, pack
 from fastelectra.tasks.table import BATCH, WARMUP
-from fastelectra.training.graphs import Replay, default_generator
+from fastelectra.training.graphs import Replay, default_generator, new_pool
 from fastelectra.training.optimizer import PaperAdam
 from fastelectra.training.schedule import learning_rate
 
@@ -116,6 +116,7 @@ def train(
             say(f"step {step + 1:>{len(f'{steps:,}')},}/{steps:,}  loss {mean:.4f}  lr {rate:.2e}"
                 f"  {tokens / spent / 1000:.1f}k tok/s  left {left}")  # fmt: skip
             losses = []
+    learn.replays = None  # and the memory of the graphs, which else waits for a collection
     return weights
 
 
@@ -137,7 +138,7 @@ class Steps:
 
     def capture(self) -> None:
         """From now on capture and replay."""
-        self.replays = {}
+        self.replays, self.pool = {}, new_pool(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=self.device)
 
@@ -150,8 +151,11 @@ class Steps:
                 group["lr"].fill_(rate * group["scale"])
         if self.replays is None or len(batch.labels) < BATCH:  # an epoch's last batch
             return self._learn(batch)
-        replay = Replay(self._learn, default_generator(self.device))
-        return self.replays.setdefault(len(batch.tokens), replay)(batch).clone()
+        size = len(batch.tokens)
+        if size not in self.replays:
+            generator = default_generator(self.device)
+            self.replays[size] = Replay(self._learn, generator, self.pool)
+        return self.replays[size](batch).clone()
 
     def _learn(self, batch: Labelled) -> torch.Tensor:
         """Loss, gradients, clipping to norm 1, Adam."""

@@ -13,7 +13,6 @@ is the update (`Replay`).
 import dataclasses
 import warnings
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import nn
@@ -22,18 +21,17 @@ from fastelectra.data.batch import Batch, pinning
 from fastelectra.model.electra import Electra
 
 
-@cache
-def _pool() -> tuple[int, int]:
-    """The memory that all captures share: their graphs are never replayed at once."""
-    return torch.cuda.graph_pool_handle()
+def new_pool(device: torch.device) -> tuple[int, int] | None:
+    """Memory for captures to share, whose graphs are never replayed at once and end together."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-def captured(function: Callable) -> Callable:
+def captured(function: Callable, pool: tuple[int, int] | None) -> Callable:
     """What launches the kernels that `function` would, and returns what it returned when captured:
-    the same tensors each time, with new values until anything captured is replayed again."""
+    the same tensors each time, with new values until anything of the pool is replayed again."""
     graph = torch.cuda.CUDAGraph()
     # another thread that page-locks memory meanwhile would spoil the capture
-    with pinning, torch.cuda.graph(graph, pool=_pool()):
+    with pinning, torch.cuda.graph(graph, pool=pool):
         outputs = function()
 
     def replay():
@@ -47,12 +45,13 @@ class Replay:
     """A function of a batch, or of nothing: run as it is once, then captured and replayed.
 
     It may leave nothing behind but values in memory that stays where it is. The first run compiles
-    the kernels, which a capture cannot. generator: what it draws from, of the device of all this.
+    the kernels, which a capture cannot. generator: what it draws from, of the device of all this;
+    pool: see `new_pool`.
     A batch is a dataclass; its tensors change, of the same shapes, and nothing else.
     """
 
-    def __init__(self, function: Callable, generator: torch.Generator):
-        self.function, self.generator = function, generator
+    def __init__(self, function: Callable, generator: torch.Generator, pool):
+        self.function, self.generator, self.pool = function, generator, pool
         self.ran, self.replay = False, None
 
     def __call__(self, *batch):
@@ -69,7 +68,7 @@ class Replay:
                 for one in batch
             ]
             state = self.generator.get_state()
-            self.replay = captured(lambda: self.function(*self.place))
+            self.replay = captured(lambda: self.function(*self.place), self.pool)
             self.generator.set_state(state)  # capturing may have drawn from it
         else:
             for place, one in zip(self.place, batch, strict=True):

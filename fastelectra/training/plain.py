@@ -57,13 +57,13 @@ class PlainEngine:
         for parameter in self.masters:
             parameter.grad = None
 
-    def capture(self, generator: torch.Generator) -> None:
+    def capture(self, generator: torch.Generator, pool) -> None:
         """From now on replay the update as a CUDA graph; all gradients keep their place."""
         for master in self.masters.values():
             master.grad = torch.zeros_like(master)
         for group in self.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=generator.device)
-        self.update = Replay(self.update, generator)
+        self.update = Replay(self.update, generator, pool)
 
     def step(self) -> None:
         """After the last micro-batch of a step: clip, update, and copy to the model.

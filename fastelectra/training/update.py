@@ -6,7 +6,7 @@ import torch
 
 from fastelectra.config import Config
 from fastelectra.data.batch import Batch
-from fastelectra.training.graphs import Graphs, Replay, default_generator
+from fastelectra.training.graphs import Graphs, Replay, default_generator, new_pool
 from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter, Skips
 from fastelectra.training.plain import PlainEngine
@@ -42,8 +42,9 @@ class Updater:
         self.generator = default_generator(device)
         self.replays: dict[bool, Replay] = {}  # of `_learn`, by whether a batch is a step's first
         if graphs and isinstance(engine, PlainEngine) and engine.copied:
-            self.replays = {first: Replay(self._learn, self.generator) for first in (True, False)}
-            engine.capture(self.generator)
+            memory = self.generator, new_pool(device)
+            self.replays = {first: Replay(self._learn, *memory) for first in (True, False)}
+            engine.capture(*memory)
         elif graphs:
             accumulates = self.batches_per_step > _processes()
             engine.module.forward = Graphs(engine.module, self.generator, accumulates)

@@ -4,8 +4,6 @@ import errno
 import gzip
 import json
 import os
-import resource
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -317,27 +315,14 @@ def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     assert taken == [64, 2]
 
 
-def test_a_row_of_any_length_costs_itself_only(tmp_path):
-    long = "x" * (reader.RECORD_BYTES + 1)
-    (tmp_path / "a.parquet").write_bytes(as_parquet([["good"], [long], ["last"]]))
+@pytest.mark.parametrize("categories", [False, True])
+def test_a_row_of_any_length_costs_itself_only(tmp_path, categories):
+    texts = pyarrow.array(["good", "x" * (reader.RECORD_BYTES + 1), "last"])
+    table = pyarrow.table({"text": texts.dictionary_encode() if categories else texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     skipped = Skipped()
     assert read(tmp_path / "a.parquet", skipped=skipped) == GOOD
     assert skipped.to_jsonl(tmp_path).count("row 2") == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="bounds what the process may take")
-def test_what_unpacks_to_more_than_memory_is_skipped(tmp_path, monkeypatch):
-    """64 rows of one long text are a small file, since it is stored once, and fill any memory."""
-    monkeypatch.setattr(reader, "PARQUET_BYTES", 32 << 20)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    (tmp_path / "a.parquet").write_bytes(as_parquet([["x" * (1 << 20)]] * 64))
-    (tmp_path / "b.parquet").write_bytes(as_parquet([["good"], ["last"]]))
-    assert (tmp_path / "a.parquet").stat().st_size < 1 << 20
-    skipped = Skipped()
-    assert read(tmp_path, skipped=skipped) == GOOD
-    (reason,) = skipped.by_reason()
-    assert "takes more than 32 MiB of memory at once" in reason
-    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
