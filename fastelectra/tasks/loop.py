@@ -19,7 +19,7 @@ from fastelectra.tasks.classifier import Classifier, layer_groups, loss_of
 from fastelectra.tasks.packing import Example, Labelled, pack
 from fastelectra.tasks.table import BATCH, WARMUP
 from fastelectra.training.graphs import Replay, default_generator, new_pool
-from fastelectra.training.optimizer import PaperAdam
+from fastelectra.training.optimizer import PaperAdam, set_rate
 from fastelectra.training.schedule import learning_rate
 
 PREDICTED = 8192  # about so many tokens at a time
@@ -145,10 +145,7 @@ class Steps:
     def __call__(self, batch: Labelled, rate: float) -> torch.Tensor:
         """One step at the learning rate `rate` of the head. Returns the loss []."""
         for group in self.optimizer.param_groups:
-            if self.replays is None:
-                group["lr"] = rate * group["scale"]
-            else:
-                group["lr"].fill_(rate * group["scale"])
+            set_rate(group, rate * group["scale"])
         if self.replays is None or len(batch.labels) < BATCH:  # an epoch's last batch
             return self._learn(batch)
         size = len(batch.tokens)

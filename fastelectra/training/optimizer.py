@@ -39,6 +39,14 @@ class PaperAdam(torch.optim.AdamW):
         return super().step(closure)
 
 
+def set_rate(group: dict, lr: float) -> None:
+    """A group's learning rate from now on: in place where it is a tensor, which a graph reads."""
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -9,6 +9,7 @@ from fastelectra.data.batch import Batch
 from fastelectra.training.graphs import Graphs, Replay, default_generator, new_pool
 from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter, Skips
+from fastelectra.training.optimizer import set_rate
 from fastelectra.training.plain import PlainEngine
 from fastelectra.training.schedule import learning_rate
 
@@ -54,7 +55,8 @@ class Updater:
 
         Returns the norm of the gradients before clipping: not finite if the update was skipped.
         """
-        self._set_learning_rate(self.learning_rate(step))
+        for group in self.engine.optimizer.param_groups:
+            set_rate(group, self.learning_rate(step))
         norm = None
         for number, batch in enumerate(batches, 1):
             self.generator.manual_seed(batch.seed)
@@ -91,13 +93,6 @@ class Updater:
         return learning_rate(
             step - 1, optimizer.peak_lr, optimizer.warmup_steps, self.config.training.steps
         )
-
-    def _set_learning_rate(self, lr: float) -> None:
-        for group in self.engine.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):  # which a graph reads
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
 
 
 def _processes() -> int:
