@@ -54,7 +54,7 @@ class Setting:
 CPU = Setting(
     "demo",
     ("data.max_length=128", "model.max_positions=128", "training.micro_batch_tokens=2048"),
-    vocab_size=4096, tokens=9_216_000, points=3, seeds=3, lr=1e-3, epochs=5,
+    vocab_size=4096, tokens=9_216_000, points=2, seeds=3, lr=1e-3, epochs=5,
 )  # fmt: skip
 GPU = Setting(
     "small", (), vocab_size=30_522, tokens=100_000 * 128 * 128, points=5, seeds=5, lr=3e-4,
