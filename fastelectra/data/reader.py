@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from fastelectra.data import parquet
 from fastelectra.data.sources import Skipped, Source
 from fastelectra.errors import FastElectraError
 
 ZSTD_BYTES = 1 << 10  # unpacked at a time, to 32 MB at most
 LINE_BYTES = 1 << 20  # a longer line is cut at white space, so that memory stays bounded
 RECORD_BYTES = 1 << 25  # a longer line of a .jsonl file is skipped: it takes up to 13 × its size
-ROWS, ROWS_BYTES = 64, 4 << 20  # of a .parquet file, at a time
 
 
 class _Unreadable(Exception):
@@ -113,16 +113,16 @@ class Reader:
             yield from self._record(values[self.field], source, where)
 
     def _parquet(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
-        parquet = _optional("pyarrow.parquet", source)
+        library = _optional("pyarrow.parquet", source)
         arrow = _optional("pyarrow", source)
         with _seekable(stream, source) as seekable:
             try:
-                file = parquet.ParquetFile(seekable, buffer_size=LINE_BYTES)
-                yield from self._rows(source, file)
+                file = library.ParquetFile(seekable, buffer_size=LINE_BYTES)
+                yield from self._rows(source, file, seekable)
             except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
                 raise _Unreadable("damaged or not Parquet from some place on") from None
 
-    def _rows(self, source: Source, file) -> Iterator[str | None]:
+    def _rows(self, source: Source, file, stream: BinaryIO) -> Iterator[str | None]:
         names = file.schema_arrow.names
         if self.field not in names:
             raise FastElectraError(
@@ -131,13 +131,13 @@ class Reader:
             )
         row = 0
         self._position = lambda: source.size * row // max(1, file.metadata.num_rows)
-        groups = map(file.metadata.row_group, range(file.metadata.num_row_groups))
-        widest = max((g.total_byte_size // max(1, g.num_rows) for g in groups), default=0)
-        rows = max(1, min(ROWS, ROWS_BYTES // max(1, widest)))
-        for batch in file.iter_batches(batch_size=rows, columns=[self.field]):
-            for value in batch.column(0):
-                row += 1
-                if batch.nbytes > RECORD_BYTES and _stored(value) > RECORD_BYTES:
+        for first, values, problem in parquet.batches(file, stream, self.field):
+            row = first
+            if problem:
+                self.skipped.add(source.path, problem, f"row {row}")
+                continue
+            for row, value in enumerate(values, first):
+                if values.nbytes > RECORD_BYTES and _stored(value) > RECORD_BYTES:
                     reason = f"row is longer than {RECORD_BYTES >> 20} MiB"
                     self.skipped.add(source.path, reason, f"row {row}")
                     continue

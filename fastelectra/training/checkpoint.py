@@ -4,7 +4,8 @@
         model.safetensors       fp32 weights by the names of Electra.named_parameters()
         optimizer.safetensors   fp32 Adam moments: {name}.exp_avg, {name}.exp_avg_sq
         tokenizer/              the corpus's tokenizer, loadable by Hugging Face
-        state.json              step, data position, configuration, fingerprint of the corpus
+        state.json              step, data position, configuration, fingerprint of the corpus, and
+                                with fp16 the loss scale
         SHA256SUMS              of all these; `sha256sum -c SHA256SUMS` checks them too
 
 Several ranks write a file each, of whole tensors: model-00001-of-00008.safetensors and so on. A
@@ -40,11 +41,13 @@ KEYS = {  # of state.json, and the type of each
     "special_tokens": dict,
     "fingerprint": str,
     "skipped": int,
+    "loss_scale": dict,
 }
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 STATE, TOKENIZER, SUMS = "state.json", "tokenizer", "SHA256SUMS"
 USED = (".safetensors", *vocabulary.FILES)  # endings of what must have a checksum
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # of Adam's state
+SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # as DeepSpeed's
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _ASIDE = ".tmp-"  # prefix of a folder that is still being written
 
@@ -265,7 +268,7 @@ def read_state(folder: Path) -> dict:
             f"{path} has format {form!r}, this version reads format {FORMAT}: install the version"
             " of fastelectra that wrote it, or move that checkpoint out of the way"
         )
-    state.setdefault("skipped", 0)
+    state = {"skipped": 0, "loss_scale": {}, **state}
     for key, kind in KEYS.items():
         if key not in state:
             raise FastElectraError(f"the checkpoint's {path} lacks {key}")

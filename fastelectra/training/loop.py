@@ -48,7 +48,7 @@ class Trainer:
         self._check_agreement()
         if start.resumes:
             adam_step = portable.torch_optimizer(self.engine).adam_step(start.step - start.skipped)
-            portable.restore(self.engine, weights, moments, adam_step)
+            portable.restore(self.engine, weights, moments, adam_step, start.loss_scale)
         self.updater = Updater(self.engine, config, plan.device, plan.tells_norm, plan.graphs)
         peak = peak_flops(plan.device, plan.precision)
         self.peak_tokens = peak and peak * process.world / flops_per_token(
@@ -210,4 +210,5 @@ class Trainer:
             special_tokens=asdict(self.corpus.special),
             fingerprint=self.corpus.fingerprint,
             skipped=self.start.skipped + skips.total,
+            loss_scale=portable.loss_scale(self.engine),
         )

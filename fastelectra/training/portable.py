@@ -19,7 +19,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from fastelectra.training.checkpoint import MOMENT_KEYS, Tensors
+from fastelectra.training.checkpoint import MOMENT_KEYS, SCALE_KEYS, Tensors
 from fastelectra.training.plain import PlainEngine
 
 Engine = DeepSpeedEngine | PlainEngine
@@ -57,8 +57,36 @@ def _owners(engine: Engine) -> dict[str, int]:
     return owners
 
 
-def restore(engine: Engine, weights: Tensors, moments: Tensors, adam_step: float) -> None:
-    """Put what `gather` gave, on all ranks, into an engine of any stage, precision and world."""
+def loss_scale(engine: Engine) -> dict[str, float]:
+    """The state of DeepSpeed's dynamic loss scale: some of SCALE_KEYS, none but in fp16."""
+    scaler = _scaler(engine)
+    return {key: getattr(scaler, key) for key in SCALE_KEYS if hasattr(scaler, key)}
+
+
+def _scaler(engine: Engine) -> object | None:
+    """What holds the dynamic loss scale: stages 1 to 3 have one class for it, stage 0 another."""
+    for name, dynamic in (("loss_scaler", "dynamic"), ("loss_scale_config", "dynamic_loss_scale")):
+        scaler = getattr(engine.optimizer, name, None)
+        if getattr(scaler, dynamic, False):
+            return scaler
+    return None
+
+
+def restore(
+    engine: Engine,
+    weights: Tensors,
+    moments: Tensors,
+    adam_step: float,
+    scale: dict[str, float],
+) -> None:
+    """Put what `gather` gave, on all ranks, into an engine of any stage, precision and world.
+
+    `scale` is what `loss_scale` gave; an engine that has none does without.
+    """
+    scaler = _scaler(engine)
+    for key, value in scale.items():
+        if hasattr(scaler, key):
+            setattr(scaler, key, value)
     prepare = {0: _write_whole, 3: _write_shard}.get(engine.zero_optimization_stage(), _write_parts)
     write = prepare(engine, adam_step)
     for name, parameter in engine.module.named_parameters():

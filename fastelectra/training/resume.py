@@ -27,6 +27,7 @@ class Start:
     folder: Path | None = None  # checkpoint to read the weights from
     resumes: bool = False  # with optimizer state: the same run goes on
     skipped: int = 0  # of these updates: without numbers, so not made
+    loss_scale: dict[str, float] = field(default_factory=dict)  # of fp16
     damaged: tuple[Path, ...] = ()  # newer checkpoints that cannot be used
     notes: tuple[str, ...] = ()  # what the user should know
 
@@ -68,8 +69,8 @@ def _resumed(folder: Path, damaged: dict[Path, str], config: Config, corpus: Cor
     notes += [f"resuming from {folder}"]
     notes += [f"changed: {name} from {before.get(name)} to {now.get(name)}" for name in changed]
     return Start(
-        state["step"], _position(state, folder), folder, resumes=True,
-        skipped=state["skipped"], damaged=tuple(damaged), notes=tuple(notes),
+        state["step"], _position(state, folder), folder, resumes=True, skipped=state["skipped"],
+        loss_scale=_loss_scale(state, folder), damaged=tuple(damaged), notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -79,6 +80,14 @@ def _position(state: dict, folder: Path) -> Position:
     if not sound or not all(type(v) is int and 0 <= v < 2**53 for v in values.values()):
         raise FastElectraError(f"{folder / checkpoint.STATE} has no sound position in the data")
     return Position.from_dict(values)
+
+
+def _loss_scale(state: dict, folder: Path) -> dict[str, float]:
+    values = state["loss_scale"]
+    known = values.keys() <= set(checkpoint.SCALE_KEYS)
+    if not known or not all(type(v) in (int, float) and -1 <= v < 2**53 for v in values.values()):
+        raise FastElectraError(f"{folder / checkpoint.STATE} has no sound loss_scale")
+    return values
 
 
 def _flat(config: dict) -> dict:

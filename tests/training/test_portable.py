@@ -1,12 +1,14 @@
 """Weights and Adam moments go through every ZeRO stage and precision unchanged."""
 
 import copy
+import json
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from engines import PRECISIONS, engine_of
 
-from fastelectra.training import portable
+from fastelectra.training import engine, portable
 from fastelectra.training.plain import PlainEngine
 
 
@@ -31,7 +33,7 @@ def test_every_stage_continues_what_another_began(process, corpus, step_batches,
         if stage is None and precision == "bf16, bf16 gradients":
             continue  # only DeepSpeed does that
         engine = engine_of(process, corpus, began[0], precision, stage)
-        portable.restore(engine, *began, portable.torch_optimizer(engine).adam_step(1))
+        portable.restore(engine, *began, portable.torch_optimizer(engine).adam_step(1), {})
         assert isinstance(engine, PlainEngine) == (stage is None)
         for ours, theirs in zip(portable.gather(engine), kept, strict=True):
             assert ours.keys() == theirs.keys()
@@ -56,3 +58,26 @@ def test_the_first_update_is_the_first_at_every_stage(process, corpus, step_batc
         torch.testing.assert_close(updated[1][name], weight, rtol=0, atol=5e-5)
         # DeepSpeed's reduction rounds gradients to bf16; the plain engine has none
         torch.testing.assert_close(updated[2][name], weight, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(("stage", "other"), [(0, 2), (1, 1), (2, 3), (3, 0)])
+def test_the_loss_scale_of_fp16_goes_on(process, corpus, step_batches, monkeypatch, stage, other):
+    """CPUs can train in fp16, though so slowly that nobody is let."""
+    monkeypatch.setattr(engine, "_precision", lambda *_: ("fp16", "for this test"))
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    fp16 = {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 1}
+    monkeypatch.setitem(PRECISIONS, "fp16", {"fp16": fp16})
+    began = engine_of(process, corpus, None, "fp16", stage)
+    tensors = advance(began, step_batches[0])
+    scale = portable.loss_scale(began)
+    assert (scale["cur_scale"], scale["cur_iter"]) == (256, 1)
+    assert json.loads(json.dumps(scale)) == scale
+    went_on = engine_of(process, corpus, tensors[0], "fp16", other)
+    adam_step = portable.torch_optimizer(went_on).adam_step(1)
+    changed = scale | {"cur_scale": 128, "cur_hysteresis": 1}
+    portable.restore(went_on, *tensors, adam_step, changed)
+    restored = portable.loss_scale(went_on)
+    assert restored == {key: changed[key] for key in restored}
+    advance(went_on, step_batches[1])
+    # doubled, since there were two updates without an overflow now
+    assert portable.loss_scale(went_on)["cur_scale"] == 256
