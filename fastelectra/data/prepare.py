@@ -24,7 +24,7 @@ from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_
 from fastelectra.data.progress import Progress
 from fastelectra.data.reader import Reader
 from fastelectra.data.shards import Corpus, Manifest, file_sha256, write_durably
-from fastelectra.data.sources import Skipped, Source, find_sources
+from fastelectra.data.sources import Skipped, Source, Sources, find_sources
 from fastelectra.data.writer import ShardWriter
 from fastelectra.errors import FastElectraError
 
@@ -120,31 +120,25 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _settings(
-    args: argparse.Namespace, found: list[Source], skipped: Skipped
-) -> tuple[list[Source], dict]:
+def _settings(args: argparse.Namespace, found: Sources, skipped: Skipped) -> tuple[Sources, dict]:
     """The sources to use, and all that decides the result: their contents, and options."""
-    used: dict[bytes, Source] = {}
+    used, rest = Sources(), iter(found)
     with ThreadPoolExecutor(args.workers) as pool:
-        for first in range(0, len(found), 1000):  # what waits in the pool takes 1 kB a file
-            part = found[first : first + 1000]
+        while part := list(islice(rest, 1000)):  # what waits in the pool takes 1 kB a file
             for source, (digest, problem) in zip(part, pool.map(_digest, part), strict=True):
                 if problem:
                     skipped.add(source.path, problem)
-                elif digest in used:
-                    original = os.path.basename(used[digest].path)
-                    skipped.add(source.path, "a copy of another file", original)
-                else:
-                    used[digest] = source
-    if not used:
+                elif original := used.add(digest, source):
+                    skipped.add(source.path, "a copy of another file", os.path.basename(original))
+    if not len(used):
         raise FastElectraError(f"there is no text in the input{skipped}")
-    root, contents = _root(used.values()), hashlib.sha256()
+    root, contents = _root(used), hashlib.sha256()
     for digest, source in used.items():
         name = os.path.relpath(os.path.realpath(source.path), root)
         contents.update(digest + os.fsencode(name) + b"\0")
     inputs = {
         "files": len(used),
-        "bytes": sum(source.size for source in used.values()),
+        "bytes": sum(source.size for source in used),
         "sha256": contents.hexdigest(),  # of each file's content and name
     }
     words: dict = {"lowercase": not args.cased, "strip_accents": not _keeps_accents(args)}
@@ -161,7 +155,7 @@ def _settings(
         "vocabulary": words,
         "heldout_fraction": args.heldout_fraction,
     }
-    return list(used.values()), settings
+    return used, settings
 
 
 def _digest(source: Source) -> tuple[bytes, str]:
@@ -238,7 +232,7 @@ def _begin(partial: Path, settings: dict) -> None:
 
 def _prepare(
     args: argparse.Namespace,
-    sources: list[Source],
+    sources: Sources,
     settings: dict,
     skipped: Skipped,
     folder: Path,
@@ -264,7 +258,7 @@ def _prepare(
             progress.update(reader.bytes_read)
     shards, counts = writer.finish()
     if not any(shard.tokens for shard in shards):
-        raise FastElectraError(f"there is no text in {sources[0].path}{skipped}")
+        raise FastElectraError(f"there is no text in {next(iter(sources)).path}{skipped}")
     write_durably(folder / "skipped.jsonl", skipped.to_jsonl(_root(sources)))
     manifest = Manifest(
         tokenizer_fingerprint=file_sha256(folder / "tokenizer/tokenizer.json"),
@@ -281,7 +275,7 @@ def _prepare(
     return manifest
 
 
-def _make_tokenizer(args: argparse.Namespace, sources: list[Source], settings: dict):
+def _make_tokenizer(args: argparse.Namespace, sources: Sources, settings: dict):
     style = not args.cased, not _keeps_accents(args)
     if args.vocab:
         return vocabulary.read(Path(args.vocab), *style)

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -33,7 +33,7 @@ class Reader:
     damaged is added to `skipped`; raises FastElectraError when records lack the field.
     """
 
-    def __init__(self, sources: Sequence[Source], documents: str, field: str, skipped: Skipped):
+    def __init__(self, sources: Iterable[Source], documents: str, field: str, skipped: Skipped):
         self.sources, self.documents, self.field = sources, documents, field
         self.skipped = skipped
         self._finished = 0

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +78,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         values = {"format": FORMAT, "fingerprint": self.fingerprint, **asdict(self)}
-        write_durably(path, f"{json.dumps(values, indent=1)}\n")
+        write_durably(path, [json.dumps(values, indent=1), "\n"])
 
     @classmethod
     def read(cls, path: Path) -> "Manifest":
@@ -232,11 +232,11 @@ def sample_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_durably(path: Path, text: str) -> None:
+def write_durably(path: Path, lines: Iterable[str]) -> None:
     """Write a file that is whole or absent, also after a power cut."""
     aside = path.with_name(f"{path.name}.new")
     with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -1,14 +1,18 @@
-"""The input files of `prepare`: .txt, .jsonl and .parquet, each also as .gz or .zst."""
+"""The input files of `prepare`: .txt, .jsonl and .parquet, each also as .gz or .zst.
+
+There may be millions, so lists of them are kept in temporary databases on disk (SQLite's own,
+in TMPDIR), which go with the objects.
+"""
 
 import errno
 import glob
 import json
 import os
+import sqlite3
 import stat
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from fastelectra.errors import FastElectraError
@@ -22,7 +26,7 @@ COMPRESSION_RATIO = 3  # about, of English text
 class Source:
     """One input file."""
 
-    path: str  # a third of a Path's size: there may be a million
+    path: str
     kind: str  # one of KINDS
     compression: str  # one of COMPRESSIONS, or empty
     size: int  # bytes as stored
@@ -35,75 +39,128 @@ class Source:
         return self.size * COMPRESSION_RATIO if packed else self.size
 
 
+class Sources:
+    """Input files in the order they were added, each with a key that no other one has."""
+
+    def __init__(self):
+        self._files = _database(
+            "CREATE TABLE files (number INTEGER PRIMARY KEY, key BLOB UNIQUE, path BLOB, kind TEXT,"
+            " compression TEXT, size INTEGER, changed INTEGER)"
+        )
+
+    def add(self, key: bytes, source: Source) -> str | None:
+        """Add it, unless there is one of that key: returns that one's path."""
+        path, *rest = astuple(source)
+        values = (key, os.fsencode(path), *rest)
+        added = self._files.execute(
+            "INSERT OR IGNORE INTO files VALUES (NULL, ?, ?, ?, ?, ?, ?)", values
+        )
+        if added.rowcount:
+            return None
+        found = self._files.execute("SELECT path FROM files WHERE key = ?", (key,))
+        return os.fsdecode(found.fetchone()[0])
+
+    def __len__(self) -> int:
+        return self._files.execute("SELECT count(*) FROM files").fetchone()[0]
+
+    def __iter__(self) -> Iterator[Source]:
+        return (source for _, source in self.items())
+
+    def items(self) -> Iterator[tuple[bytes, Source]]:
+        """(key, source) of each."""
+        for _, key, path, *rest in self._files.execute("SELECT * FROM files ORDER BY number"):
+            yield key, Source(os.fsdecode(path), *rest)
+
+
 class Skipped:
     """What of the input is left out: by file and reason, how often, and where first."""
 
     def __init__(self):
-        self._found: dict[tuple[str, str], list] = {}
+        self._found = _database(
+            "CREATE TABLE found (number INTEGER PRIMARY KEY, path BLOB, reason TEXT, count INTEGER,"
+            " place TEXT, UNIQUE (path, reason))"
+        )
 
     def __bool__(self) -> bool:
-        return bool(self._found)
+        return self._found.execute("SELECT 1 FROM found").fetchone() is not None
 
     def __str__(self) -> str:
         """To add to an error: the first files and reasons."""
-        named = [f"{path}: {reason}" for path, reason in islice(self._found, 3)]
-        more = "; …" if len(self._found) > 3 else ""
-        return f" (skipped: {'; '.join(named)}{more})" if named else ""
+        first = self._found.execute("SELECT path, reason FROM found ORDER BY number LIMIT 4")
+        named = [f"{os.fsdecode(path)}: {reason}" for path, reason in first]
+        more = "; …" if len(named) > 3 else ""
+        return f" (skipped: {'; '.join(named[:3])}{more})" if named else ""
 
     def add(self, path: str, reason: str, place: str = "") -> None:
         """Count one more of them; `reason` is the same for all of a kind."""
-        self._found.setdefault((path, reason), [0, place])[0] += 1
+        self._found.execute(
+            "INSERT INTO found VALUES (NULL, ?, ?, 1, ?)"
+            " ON CONFLICT DO UPDATE SET count = count + 1",
+            (os.fsencode(path), reason, os.fsencode(place)),
+        )
 
     def by_reason(self) -> Counter[str]:
         """How often for each reason."""
-        counts: Counter[str] = Counter()
-        for (_, reason), (count, _) in self._found.items():
-            counts[reason] += count
-        return counts
-
-    def to_jsonl(self, root: Path) -> str:
-        """A line for each file and reason, names relative to `root`."""
-        records = (
-            {
-                "file": os.path.relpath(os.path.realpath(path), root),
-                "reason": reason,
-                "count": count,
-            }
-            | ({"first": place} if place else {})
-            for (path, reason), (count, place) in self._found.items()
+        return Counter(
+            dict(
+                self._found.execute(
+                    "SELECT reason, sum(count) FROM found GROUP BY reason ORDER BY min(number)"
+                )
+            )
         )
-        return "".join(f"{json.dumps(record)}\n" for record in records)
+
+    def to_jsonl(self, root: Path) -> Iterator[str]:
+        """A line for each file and reason, names relative to `root`."""
+        for path, reason, count, place in self._found.execute(
+            "SELECT path, reason, count, place FROM found ORDER BY number"
+        ):
+            file = os.path.relpath(os.path.realpath(os.fsdecode(path)), root)
+            record = {"file": file, "reason": reason, "count": count}
+            first = {"first": os.fsdecode(place)} if place else {}
+            yield f"{json.dumps(record | first)}\n"
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def _database(table: str) -> sqlite3.Connection:
+    """In memory up to 2 MB, beyond that in a file without a name."""
+    database = sqlite3.connect("", isolation_level=None)
+    database.execute("PRAGMA journal_mode = OFF")
+    database.execute(table)
+    return database
+
+
+def find_sources(inputs: Sequence[str]) -> Sources:
     """Files, folders (everything readable below them) and globs, in order, each file once.
 
     Raises FastElectraError for an input that does not exist, is empty or of an unknown kind.
     """
-    found: dict[str, Source] = {}
+    found = Sources()
     for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            candidates = _below(path)
-        elif path.exists():
-            if _suffixes(str(path)) is None:
-                raise FastElectraError(f"{path}: unknown kind of file; {_expected()}")
-            candidates = [str(path)]
-        else:
-            matches = sorted(glob.glob(name, recursive=True))
-            if not matches:
-                raise FastElectraError(f"{name}: no such file or folder")
-            candidates = [file for match in matches for file in _below(match) or [match]]
         some = False
-        for file in filter(_suffixes, candidates):
+        for file in _files(name):
             about = _about(file)
             if about and stat.S_ISREG(about.st_mode):
                 some = True
                 source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
-                found.setdefault(os.path.realpath(file), source)
+                found.add(os.fsencode(os.path.realpath(file)), source)
         if not some:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
-    return list(found.values())
+    return found
+
+
+def _files(name: str) -> Iterator[str]:
+    """What a file, folder or glob has, of the kinds that can be read."""
+    if os.path.isdir(name):
+        candidates: Iterable[str] = _below(str(Path(name)))
+    elif os.path.exists(name):
+        if _suffixes(name) is None:
+            raise FastElectraError(f"{name}: unknown kind of file; {_expected()}")
+        candidates = [str(Path(name))]
+    else:
+        matches = sorted(glob.glob(name, recursive=True))
+        if not matches:
+            raise FastElectraError(f"{name}: no such file or folder")
+        candidates = (f for m in matches for f in (_below(m) if os.path.isdir(m) else [m]))
+    return filter(_suffixes, candidates)
 
 
 def _about(file: str) -> os.stat_result | None:
@@ -121,14 +178,24 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
-def _below(folder: str | Path) -> list[str]:
-    """What lies below a folder, in order, but nothing hidden; empty for a file."""
-    found = []
-    for place, folders, files in os.walk(folder, onerror=_unless_gone):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if "tokenizer_config.json" not in files:  # vocab.txt is no text
-            found += [str(Path(place, name)) for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.replace(os.sep, "\0"))  # folder by folder
+def _below(folder: str) -> Iterator[str]:
+    """What lies below a folder, in order, but nothing hidden. Follows no links to folders."""
+    waiting = [(folder, True)]
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            yield path
+            continue
+        try:
+            with os.scandir(path) as entries:
+                found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
+        except OSError as error:
+            _unless_gone(error)
+            continue
+        if ("tokenizer_config.json", False) in found:  # vocab.txt is no text
+            found = [entry for entry in found if entry[1]]
+        found.sort(reverse=True)
+        waiting += [(os.path.join(path, n), kind) for n, kind in found if not n.startswith(".")]
 
 
 def _suffixes(name: str) -> tuple[str, str] | None:

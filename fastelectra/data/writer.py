@@ -67,7 +67,7 @@ class ShardWriter:
             self._append(shard, "lines", [part.lines for part in parts])
         self._buffers, self._buffered = {}, 0
         state = {"chunks": self.chunks, "shards": [vars(counts) for counts in self._counts]}
-        write_durably(self._progress, json.dumps(state))
+        write_durably(self._progress, [json.dumps(state)])
 
     def finish(self) -> tuple[list[ShardEntry], dict[str, int]]:
         """Flush; the shards for the manifest, and the corpus's counts."""

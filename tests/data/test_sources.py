@@ -192,7 +192,7 @@ def test_what_is_damaged_is_skipped_and_listed(name, tmp_path):
     (tmp_path / name).write_bytes(content)
     skipped = Skipped()
     assert read(tmp_path / name, skipped=skipped) == documents
-    (record,) = map(json.loads, skipped.to_jsonl(tmp_path).splitlines())
+    (record,) = map(json.loads, skipped.to_jsonl(tmp_path))
     assert record == {"file": name, "reason": reason, "count": count} | (
         {"first": first[0]} if first else {}
     )
@@ -248,7 +248,7 @@ class TestChanging:
         below = sources._below
 
         def vanish(folder):
-            found = below(folder)
+            found = list(below(folder))
             (tmp_path / "b.txt").unlink(missing_ok=True)
             return found
 
@@ -325,7 +325,7 @@ def test_a_row_group_with_a_page_that_is_too_large_costs_itself_only(tmp_path, m
     assert read(tmp_path / "a.parquet", skipped=skipped) == [
         [text] for n, text in enumerate(texts) if n not in (4, 5)
     ]
-    (record,) = map(json.loads, skipped.to_jsonl(tmp_path).splitlines())
+    (record,) = map(json.loads, skipped.to_jsonl(tmp_path))
     assert (record["first"], record["count"]) == ("row 5", 1)
     assert "page" in record["reason"]
 
@@ -368,7 +368,7 @@ def test_a_row_of_any_length_costs_itself_only(tmp_path, categories):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     skipped = Skipped()
     assert read(tmp_path / "a.parquet", skipped=skipped) == GOOD
-    assert skipped.to_jsonl(tmp_path).count("row 2") == 1
+    assert "".join(skipped.to_jsonl(tmp_path)).count("row 2") == 1
 
 
 @pytest.mark.parametrize(("name", "module"), [("a.parquet", "pyarrow"), ("a.txt.zst", "zstandard")])
