@@ -21,22 +21,18 @@ class Ours:
         torch.manual_seed(config.training.seed)
         kernels.set_backend(config.training.kernels)
         model = Electra(config.model, workload.vocab_size, config.objective)
-        tells_norm = True
         if process.world > 1:
             from fastelectra.training.engine import plan_engine, start_engine
 
-            plan = plan_engine(config, process)
-            engine = start_engine(model, config, plan)
-            self.runs_on, tells_norm = f"DeepSpeed, ZeRO stage {plan.stage}", plan.tells_norm
+            engine = start_engine(model, config, plan_engine(config, process))
         else:  # as the trainer; here it also runs where DeepSpeed is not installed
             dtype = torch.bfloat16 if config.deepspeed["bf16"]["enabled"] else torch.float32
             engine = PlainEngine(model.to(device), config, accumulation(config, process), dtype)
-            self.runs_on = "the trainer's engine for one process"
         engine.module.train()
         if name == "ours-compiled":
             for network in (model.generator, model.discriminator):
                 network.compile(dynamic=False, fullgraph=True)
-        self.updater = Updater(engine, config, device, tells_norm, graphs)
+        self.updater = Updater(engine, config, device, graphs=graphs)
         self.number = 0
 
     @property

@@ -45,7 +45,7 @@ class Plan:
     section: dict  # the complete DeepSpeed configuration
     precision: str  # bf16, fp16 or fp32
     why: str  # this precision
-    plain: bool  # one process that asks DeepSpeed for nothing does without it
+    plain: bool  # who asks DeepSpeed for nothing does without it
     stage: int  # of ZeRO
     accumulation: int  # micro-batches of one rank in one step
     device: torch.device
@@ -95,7 +95,7 @@ def plan_engine(config: Config, process: Process) -> Plan:
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3
     graphs = graphs and "torch_autocast" not in user  # its cache of casts cannot be captured
-    plain = process.world == 1 and precision != "fp16" and not _asks_for_more(user)
+    plain = precision != "fp16" and not _asks_for_more(user)
     stage = 0 if plain else stage
     return Plan(section, precision, why, plain, stage, accumulation, device, graphs)
 

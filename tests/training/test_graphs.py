@@ -139,6 +139,28 @@ def test_the_plain_engine_makes_the_same_updates_of_replays(made, corpus, dtype,
         torch.testing.assert_close(replayed, eager, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_ranks_sum_their_gradients_between_replays(made, corpus, monkeypatch, dtype, graphs):
+    """Two ranks of the same batches, the other one's part played by doubling: as one rank alone."""
+    model, batches = made
+    kernels.set_backend("torch")
+    try:
+        alone = updates(model, batches, corpus, dtype, graphs=False)
+        distributed = torch.distributed
+        monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+        monkeypatch.setattr(distributed, "broadcast", lambda tensor, source: None)
+        monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+        together = updates(model, batches, corpus, dtype, graphs)
+    finally:
+        kernels.set_backend("auto")
+    del together[1], alone[1]  # scores, which are summed too
+    for ours, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures graphs")
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_gpu_makes_the_same_updates_of_replays(corpus, count):
