@@ -1,7 +1,10 @@
 """The rows of a .parquet file in bounded memory.
 
-pyarrow unpacks a page as a whole, copies what a dictionary page holds, and a long value once for
-each row that has it. The header before each page tells its size: those are read first.
+pyarrow unpacks a page as a whole, copies what a dictionary page holds, and repeats a long value for
+each row that has it. How large pages are is said in the header before each, which is in Thrift's
+compact protocol, as is the footer, which says where they are. pyarrow shows the headers to nobody,
+and of the footer what ends the process where it is damaged; so both are read here. Names and
+numbers of fields: parquet.thrift of the format's specification.
 """
 
 import io
@@ -10,105 +13,166 @@ from typing import BinaryIO
 
 PAGE_BYTES = 1 << 26  # a row group with a larger page is not read: it takes up to 6 × its size
 ROWS = 64  # at a time at most, and so many that a page of them each is PAGE_BYTES
+HEADER_BYTES = 1 << 24  # pyarrow takes no longer one either
+HEADER_VALUES = 1000  # there are about 30
+
+
+class Damaged(Exception):
+    """What pyarrow opened cannot be read."""
 
 
 def batches(file, stream: BinaryIO, field: str) -> Iterator[tuple[int, object, str]]:
     """(number of the first row, pyarrow array of a few rows of column `field`, ""), in order.
 
     In place of a row group that takes too much memory: (its first row, None, why). `file` is the
-    ParquetFile, `stream` what it reads. Raises what pyarrow does when the file is damaged.
+    ParquetFile, `stream` what it reads. Raises Damaged, or what pyarrow does.
     """
     import pyarrow  # optional, and here since `file` is
 
     row = 1
-    for number in range(file.num_row_groups):
-        group = file.metadata.row_group(number)
-        page = _largest_page(group, stream, field)
+    for number, chunks in enumerate(_chunks(stream, field)):
+        page = max((_largest_page(stream, *chunk) for chunk in chunks), default=0)
         if page > PAGE_BYTES:
             yield row, None, f"row group has a page of more than {PAGE_BYTES >> 20} MiB"
-            row += group.num_rows
+            row += file.metadata.row_group(number).num_rows
             continue
         pyarrow.default_memory_pool().release_unused()  # of a row group before
         rows = max(1, min(ROWS, PAGE_BYTES // max(1, page)))
         for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[field]):
-            yield row, batch.column(0), ""
+            yield row, batch.column(batch.schema.get_field_index(field)), ""
             row += batch.num_rows
 
 
-def _largest_page(group, stream: BinaryIO, field: str) -> int:
-    """Bytes, unpacked, of the largest page of a column, up to the first header that is none."""
-    largest = 0
-    for column in map(group.column, range(group.num_columns)):
-        if column.path_in_schema.split(".")[0] != field.split(".", maxsplit=1)[0]:
+def _chunks(stream: BinaryIO, field: str) -> Iterator[list[tuple[int, int]]]:
+    """For each row group where in the file the pages of a column are: (begin, end) of each chunk,
+    several if the column is a structure. Raises Damaged."""
+    size = stream.seek(-8, io.SEEK_END)
+    length = int.from_bytes(stream.read(4), "little")
+    if length > size:
+        raise Damaged
+    stream.seek(size - length)
+    footer = _Thrift(io.BytesIO(stream.read(length)), length, length)
+    for number, kind in footer.fields():  # of FileMetaData
+        if number != 4:
+            footer.value(kind)
             continue
-        place = column.data_page_offset
-        if 0 < (column.dictionary_page_offset or 0) < place:
-            place = column.dictionary_page_offset
-        end = place + column.total_compressed_size
-        while 0 <= place < end:
-            stream.seek(place)
+        for group in footer.items():
             try:
-                unpacked, packed = _page_sizes(stream)
-            except _NoHeader:  # pyarrow reads what comes before, and says so
-                break
-            largest = max(largest, unpacked, packed)
-            place = stream.tell() + packed
+                places = [_place(metadata, size) for metadata in _metadata(group, field)]
+            except (AttributeError, KeyError, TypeError):  # not of the specification's types
+                raise Damaged from None
+            yield places
+
+
+def _metadata(group: dict, field: str) -> Iterator[dict]:
+    """ColumnMetaData of a column, or of what a structured one has; an encrypted one has none."""
+    for chunk in group.get(1, ()):
+        metadata = chunk.get(3)
+        if metadata and b".".join(metadata[3]).split(b".")[0] == field.encode().split(b".")[0]:
+            yield metadata
+
+
+def _place(metadata: dict, size: int) -> tuple[int, int]:
+    begin, dictionary = metadata[9], metadata.get(11, 0)
+    if 0 < dictionary < begin:
+        begin = dictionary
+    return begin, min(begin + metadata[7], size)
+
+
+def _largest_page(stream: BinaryIO, begin: int, end: int) -> int:
+    """Bytes, unpacked, of the largest page in a chunk, up to the first header that is none: there
+    pyarrow ends too, and says so."""
+    largest = 0
+    while 0 <= begin < end:
+        stream.seek(begin)
+        try:
+            header = _Thrift(stream, HEADER_BYTES, HEADER_VALUES).struct()  # PageHeader
+            packed = max(header[3], 0)
+            largest = max(largest, header[2], packed)
+        except (Damaged, KeyError, TypeError):
+            break
+        begin = stream.tell() + packed
     return largest
 
 
-# Types of Thrift's compact protocol that are in a page header
-_STOP, _BOOLEANS, _INTEGERS, _BINARY, _STRUCT = 0, (1, 2), (4, 5, 6), 8, 12
-_UNPACKED, _PACKED = 2, 3  # fields of PageHeader, see parquet.thrift
+class _Thrift:
+    """Reads values in Thrift's compact protocol. Raises Damaged at what is none.
 
+    most_bytes, most_values: beyond them it is Damaged too.
+    """
 
-class _NoHeader(Exception):
-    """The file ends here, or is damaged."""
+    def __init__(self, stream: BinaryIO, most_bytes: int, most_values: int):
+        self.stream, self.bytes_left, self.values_left = stream, most_bytes, most_values
 
+    def fields(self) -> Iterator[tuple[int, int]]:
+        """(number, kind) of each field of a struct; its value must be read before the next one."""
+        number = 0
+        while head := self._byte():
+            step = head >> 4
+            number = number + step if step else self._signed()
+            yield number, head & 15
 
-def _page_sizes(stream: BinaryIO) -> tuple[int, int]:
-    """Bytes of the page (unpacked, packed) whose header `stream` stands at; reads the header."""
-    sizes: dict[int, int] = {}
-    fields = [0]  # the last one's number in each struct that has begun
-    while fields:
-        head = _byte(stream)
-        kind, step = head & 15, head >> 4
-        if head == _STOP:
-            fields.pop()
-            continue
-        fields[-1] = fields[-1] + step if step else _signed(_varint(stream))
-        if kind in _INTEGERS:
-            value = _signed(_varint(stream))
-            if len(fields) == 1:
-                sizes[fields[0]] = value
-        elif kind == _BINARY:  # the least and the greatest value, as long as they are
-            stream.seek(_varint(stream), io.SEEK_CUR)
-        elif kind == _STRUCT and len(fields) < 4:
-            fields.append(0)
-        elif kind not in _BOOLEANS:
-            raise _NoHeader
-    unpacked, packed = sizes.get(_UNPACKED, -1), sizes.get(_PACKED, -1)
-    if min(unpacked, packed) < 0:
-        raise _NoHeader
-    return unpacked, packed
+    def struct(self, depth: int = 0) -> dict[int, object]:
+        """{number: value}"""
+        return {number: self.value(kind, depth) for number, kind in self.fields()}
 
+    def items(self, depth: int = 0) -> Iterator[object]:
+        """Of a list."""
+        head = self._byte()
+        size = head >> 4 if head < 0xF0 else self._varint()
+        for _ in range(size):
+            yield self.value(head & 15, depth, in_list=True)
 
-def _byte(stream: BinaryIO) -> int:
-    byte = stream.read(1)
-    if not byte:
-        raise _NoHeader
-    return byte[0]
+    def value(self, kind: int, depth: int = 0, in_list: bool = False) -> object:
+        """Of a field or an item, by the kind that was before it."""
+        self.values_left -= 1
+        if self.values_left < 0 or depth > 16:
+            raise Damaged
+        match kind:
+            case 1 | 2:  # a boolean, which a field's kind tells
+                value = self._byte() == 1 if in_list else kind == 1
+            case 3:
+                value = self._byte()
+            case 4 | 5 | 6:
+                value = self._signed()
+            case 7:
+                value = self._read(8)
+            case 8:
+                value = self._read(self._varint())
+            case 9 | 10:
+                value = list(self.items(depth + 1))
+            case 11:
+                value = self._map(depth + 1)
+            case 12:
+                value = self.struct(depth + 1)
+            case _:
+                raise Damaged
+        return value
 
+    def _map(self, depth: int) -> dict:
+        size = self._varint()
+        kinds = self._byte() if size else 0
+        return {n: (self.value(kinds >> 4, depth, True), self.value(kinds & 15, depth, True))
+                for n in range(size)}  # fmt: skip
 
-def _varint(stream: BinaryIO) -> int:
-    value = shift = 0
-    while shift < 64:
-        byte = _byte(stream)
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value
-        shift += 7
-    raise _NoHeader
+    def _read(self, size: int) -> bytes:
+        self.bytes_left -= size
+        if self.bytes_left < 0 or len(data := self.stream.read(size)) < size:
+            raise Damaged
+        return data
 
+    def _byte(self) -> int:
+        return self._read(1)[0]
 
-def _signed(value: int) -> int:
-    return value >> 1 ^ -(value & 1)
+    def _varint(self) -> int:
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise Damaged
+
+    def _signed(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)

@@ -67,7 +67,7 @@ class Reader:
             except (EOFError, zlib.error, gzip.BadGzipFile):
                 raise _Unreadable("damaged, cut off or not gzip from some place on") from None
             about = os.fstat(raw.fileno())
-            if (about.st_size, about.st_mtime_ns) != (source.size, source.changed):
+            if (about.st_size, str(about.st_mtime_ns)) != (source.size, source.changed):
                 self.skipped.add(source.path, "changed while it was read")
 
     def _text(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
@@ -119,14 +119,18 @@ class Reader:
             try:
                 file = library.ParquetFile(seekable, buffer_size=LINE_BYTES)
                 yield from self._rows(source, file, seekable)
-            except (arrow.ArrowException, OSError, UnicodeDecodeError):  # the last: columns' names
+            except (
+                arrow.ArrowException, OSError, parquet.Damaged,
+                UnicodeDecodeError,  # of columns' names
+            ):  # fmt: skip
                 raise _Unreadable("damaged or not Parquet from some place on") from None
 
     def _rows(self, source: Source, file, stream: BinaryIO) -> Iterator[str | None]:
         names = file.schema_arrow.names
-        if self.field not in names:
+        if names.count(self.field) != 1:
+            found = "several columns" if self.field in names else "no column"
             raise FastElectraError(
-                f"{source.path}: no column {self.field!r} (there is {', '.join(names[:8])}); name"
+                f"{source.path}: {found} {self.field!r} (there is {', '.join(names[:8])}); name"
                 " it with --field"
             )
         row = 0

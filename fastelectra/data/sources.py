@@ -30,7 +30,7 @@ class Source:
     kind: str  # one of KINDS
     compression: str  # one of COMPRESSIONS, or empty
     size: int  # bytes as stored
-    changed: int  # when, in nanoseconds
+    changed: str  # when, in nanoseconds: more than a database's numbers have
 
     @property
     def text_bytes(self) -> int:
@@ -45,7 +45,7 @@ class Sources:
     def __init__(self):
         self._files = _database(
             "CREATE TABLE files (number INTEGER PRIMARY KEY, key BLOB UNIQUE, path BLOB, kind TEXT,"
-            " compression TEXT, size INTEGER, changed INTEGER)"
+            " compression TEXT, size INTEGER, changed TEXT)"
         )
 
     def add(self, key: bytes, source: Source) -> str | None:
@@ -140,7 +140,7 @@ def find_sources(inputs: Sequence[str]) -> Sources:
             about = _about(file)
             if about and stat.S_ISREG(about.st_mode):
                 some = True
-                source = Source(file, *_suffixes(file), about.st_size, about.st_mtime_ns)
+                source = Source(file, *_suffixes(file), about.st_size, str(about.st_mtime_ns))
                 found.add(os.fsencode(os.path.realpath(file)), source)
         if not some:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
@@ -180,22 +180,26 @@ def _unless_gone(error: OSError) -> None:
 
 def _below(folder: str) -> Iterator[str]:
     """What lies below a folder, in order, but nothing hidden. Follows no links to folders."""
-    waiting = [(folder, True)]
-    while waiting:
-        path, is_folder = waiting.pop()
-        if not is_folder:
-            yield path
-            continue
+    found = _database("CREATE TABLE found (path BLOB PRIMARY KEY) WITHOUT ROWID")
+    folders = [folder]
+    while folders:
+        path = folders.pop()
+        tokenizer = os.path.isfile(os.path.join(path, "tokenizer_config.json"))
         try:
             with os.scandir(path) as entries:
-                found = [(e.name, e.is_dir(follow_symlinks=False)) for e in entries]
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+                    elif not tokenizer and _suffixes(entry.name):  # vocab.txt is no text
+                        # sorts folder by folder
+                        key = os.fsencode(entry.path).replace(os.sep.encode(), b"\0")
+                        found.execute("INSERT INTO found VALUES (?)", (key,))
         except OSError as error:
             _unless_gone(error)
-            continue
-        if ("tokenizer_config.json", False) in found:  # vocab.txt is no text
-            found = [entry for entry in found if entry[1]]
-        found.sort(reverse=True)
-        waiting += [(os.path.join(path, n), kind) for n, kind in found if not n.startswith(".")]
+    for (key,) in found.execute("SELECT path FROM found ORDER BY path"):
+        yield os.fsdecode(key.replace(b"\0", os.sep.encode()))
 
 
 def _suffixes(name: str) -> tuple[str, str] | None:

@@ -22,6 +22,7 @@ from fastelectra.data.words import LineEncoder, SpacingTable
 from fastelectra.errors import FastElectraError
 
 FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
+WORDS_BYTES = 8 << 20  # of all different words to learn from, which takes 60 times as much memory
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -58,7 +59,7 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers.
     """
     spacing = SpacingTable(_normalizer(lowercase, strip_accents), pre_tokenizers.BertPreTokenizer())
-    texts = [text.translate(spacing).encode() for text in texts]  # in half the memory
+    texts = _until_full(text.translate(spacing).encode() for text in texts)  # in half the memory
     alphabet, inside = _characters(texts)
     if not alphabet:
         raise FastElectraError("the input has no words to train a vocabulary from")
@@ -77,6 +78,19 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     learner.train_from_iterator(map(bytes.decode, texts), trainer)
     ids = learner.get_vocab()
     return build(sorted(ids, key=ids.get), lowercase, strip_accents)
+
+
+def _until_full(texts: Iterable[bytes]) -> list[bytes]:
+    """Texts up to the one whose words make WORDS_BYTES full: English has 2 MB in 70 MB of text."""
+    taken, words, size = [], set(), 0
+    for text in texts:
+        taken.append(text)
+        new = set(text.split()) - words
+        words |= new
+        size += sum(map(len, new))
+        if size > WORDS_BYTES:
+            break
+    return taken
 
 
 def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:

@@ -84,7 +84,7 @@ def _position(state: dict, folder: Path) -> Position:
 
 def _loss_scale(state: dict, folder: Path) -> dict[str, float]:
     values = state["loss_scale"]
-    known = values.keys() <= set(checkpoint.SCALE_KEYS)
+    known = values.keys() <= set(checkpoint.SCALE_KEYS) and values.get("cur_scale", 1) > 0
     if not known or not all(type(v) in (int, float) and -1 <= v < 2**53 for v in values.values()):
         raise FastElectraError(f"{folder / checkpoint.STATE} has no sound loss_scale")
     return values

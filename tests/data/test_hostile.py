@@ -3,7 +3,9 @@
 Only FastElectraError comes out, and nothing outside the folder is read.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from test_sources import DOCUMENTS, PACKERS, WRITERS
 
 from fastelectra.config import DataConfig
-from fastelectra.data import reader, vocabulary
+from fastelectra.data import parquet, reader, vocabulary
 from fastelectra.data.batch import BatchShape
 from fastelectra.data.reader import Reader
 from fastelectra.data.shards import SUFFIXES, file_sha256, open_corpus, sample_sha256
@@ -238,6 +240,22 @@ def test_sources_of_any_content(tmp_path_factory, data, kind, packing):
                 assert line is None or line.strip() == line != ""
         except FastElectraError:
             pass
+
+
+@fuzz
+@given(
+    data=st.binary(max_size=300)
+    | st.lists(st.sampled_from(b"\x15\x18\x19\x1c\x49\xff\0")).map(bytes)
+)
+def test_headers_and_footers_of_any_content(data):
+    size = len(data).to_bytes(4, "little")
+    assert parquet._largest_page(io.BytesIO(data), 0, len(data)) >= 0
+    with contextlib.suppress(parquet.Damaged):
+        assert all(
+            a >= 0 and b <= len(data) + 8
+            for group in parquet._chunks(io.BytesIO(data + size + b"PAR1"), "text")
+            for a, b in group
+        )
 
 
 def test_a_column_whose_name_is_not_utf8(tmp_path):

@@ -1,5 +1,6 @@
 """Files of every kind to documents; what cannot be read is named."""
 
+import base64
 import errno
 import gzip
 import json
@@ -12,6 +13,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import encryption
 
 from fastelectra.data import parquet, reader, sources
 from fastelectra.data.reader import Reader
@@ -157,6 +159,13 @@ class TestFinding:
         (tmp_path / "empty").mkdir()
         with pytest.raises(FastElectraError, match=message):
             find_sources([str(tmp_path / name)])
+
+    def test_a_file_of_another_century(self, tmp_path):
+        (tmp_path / "a.txt").write_text("a")
+        os.utime(tmp_path / "a.txt", (10_500_000_000, 10_500_000_000))  # 2302
+        skipped = Skipped()
+        assert read(tmp_path, skipped=skipped) == [["a"]]
+        assert not skipped
 
 
 GOOD = [["good"], ["last"]]
@@ -330,6 +339,48 @@ def test_a_row_group_with_a_page_that_is_too_large_costs_itself_only(tmp_path, m
     assert "page" in record["reason"]
 
 
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(FastElectraError, match="several columns 'text'"):
+        read(tmp_path / "a.parquet")
+
+
+def test_a_structure_before_a_column_of_a_name_with_a_dot(tmp_path):
+    table = pyarrow.table({"a": [{"b": "in vain"}], "a.b": ["good"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", field="a.b") == [["good"]]
+
+
+class _Keys(encryption.KmsClient):
+    """Keeps keys as they are."""
+
+    def wrap_key(self, key, _):
+        return base64.b64encode(key)
+
+    def unwrap_key(self, key, _):
+        return base64.b64decode(key)
+
+
+@pytest.mark.parametrize("hidden", ["text", "id"])
+def test_encrypted_columns(tmp_path, hidden):
+    """pyarrow's own look at one of them ends the process."""
+    factory = encryption.CryptoFactory(lambda _: _Keys())
+    configuration = encryption.EncryptionConfiguration(
+        footer_key="f", column_keys={"c": [hidden]}, plaintext_footer=True
+    )
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), configuration)
+    table = pyarrow.table({"id": [1, 2], "text": ["good", "last"]})
+    file = tmp_path / "a.parquet"
+    with pyarrow.parquet.ParquetWriter(
+        file, table.schema, encryption_properties=properties
+    ) as writer:
+        writer.write_table(table)
+    skipped = Skipped()
+    assert read(file, skipped=skipped) == (GOOD if hidden == "id" else [])
+    assert bool(skipped) == (hidden == "text")
+
+
 WRITTEN = {  # by other settings than the defaults
     "version 2 pages": {"data_page_version": "2.0", "use_dictionary": False},
     "uncompressed": {"compression": "none", "data_page_version": "2.0"},
@@ -348,16 +399,17 @@ def test_the_largest_page_is_found(name, tmp_path):
     table = pyarrow.table({"meta": meta, "text": texts, "after": texts})
     file = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(table, file, row_group_size=700, **WRITTEN[name])
-    opened = pyarrow.parquet.ParquetFile(file)
-    for number in range(opened.num_row_groups):
-        group = opened.metadata.row_group(number)
-        with open(file, "rb") as stream:
-            largest = parquet._largest_page(group, stream, "text")
-        whole = group.column(1).total_uncompressed_size  # with headers
-        if name == "many pages":
-            assert 1000 <= largest <= 1000 + 8 * 320
-        else:
-            assert 0.9 * whole < largest < whole
+    metadata = pyarrow.parquet.ParquetFile(file).metadata
+    with open(file, "rb") as stream:
+        groups = list(parquet._chunks(stream, "text"))
+        assert len(groups) == metadata.num_row_groups == 3
+        for number, ((begin, end),) in enumerate(groups):
+            largest = parquet._largest_page(stream, begin, end)
+            whole = metadata.row_group(number).column(1).total_uncompressed_size  # with headers
+            if name == "many pages":
+                assert 1000 <= largest <= 1000 + 8 * 320
+            else:
+                assert 0.9 * whole < largest < whole
     assert read(file) == [[text] for text in texts]
 
 

@@ -161,3 +161,11 @@ def test_bad_vocabularies_are_refused(name, tmp_path):
 def test_a_size_below_the_alphabet_is_refused():
     with pytest.raises(FastElectraError, match="too small"):
         vocabulary.train(SENTENCES, 20, True, True)
+
+
+def test_words_that_all_differ_end_the_sample(monkeypatch):
+    """Identifiers, say: 63 MB of them took 3.6 GB."""
+    monkeypatch.setattr(vocabulary, "WORDS_BYTES", 100)
+    texts = (" ".join(f"{n}x{m}" for m in range(10)) for n in range(10**9))
+    vocabulary.train(texts, 100, True, True)
+    assert next(texts).startswith("4x0")  # each has 30 bytes

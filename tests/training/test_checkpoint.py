@@ -40,7 +40,7 @@ def test_what_is_written_is_read_back(tmp_path, tokenizer_dir):
     state = checkpoint.read_state(target)
     assert state == {"format": 1, "step": 1000, "position": {"shard": 3}, "config": {"model": {}},
                      "vocab_size": 2, "special_tokens": {"pad": 0}, "fingerprint": "f",
-                     "skipped": 0}  # fmt: skip
+                     "skipped": 0, "loss_scale": {}}  # fmt: skip
     assert (target / "tokenizer" / "vocab.txt").read_text() == "[PAD]\n[UNK]\n"
 
 

@@ -81,6 +81,7 @@ def sound(corpus, tmp_path_factory) -> Path:
         checkpoint.checkpoint_folder(run, 5), weights, opened.tokenizer_dir, moments, step=5,
         position={"epoch": 0, "shard": 0, "batch": 10}, config=config.to_dict(),
         vocab_size=opened.vocab_size, special_tokens={}, fingerprint=opened.fingerprint, skipped=0,
+        loss_scale={"cur_scale": 256.0, "cur_iter": 3},
     )  # fmt: skip
     return run
 
