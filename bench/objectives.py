@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES, metavar="NAME")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="for all runs")
     for name in ("tokens", "points", "seeds", "epochs"):
-        add(f"--{name}", type=int, metavar="N", help="default: the setting's")
+        add(f"--{name}", type=positive, metavar="N", help="default: the setting's")
     add("--lr", type=float, help="of fine-tuning; default: the setting's")
     args = parser.parse_args(argv)
     named = {name: getattr(args, name) for name in ("tokens", "points", "seeds", "epochs", "lr")}
@@ -90,6 +91,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 on. Raises ValueError, which argparse tells."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 class Experiment:
     """Its steps, each of which leaves a folder that says that it is done."""
 
@@ -101,6 +109,7 @@ class Experiment:
     def run(self, objectives: list[str]) -> dict:
         """Everything; returns what was measured."""
         self._check_work()
+        began = time.monotonic()
         size = ["--vocab-size", str(self.setting.vocab_size)]
         source = [*self.texts, *size] if self.texts else ["--demo"]
         if not (self.corpus_folder / "manifest.json").is_file():
@@ -118,6 +127,7 @@ class Experiment:
         tokens = sum(len(shard.tokens) for shard in self.corpus.split("train"))
         return {
             "provenance": provenance(),
+            "seconds": time.monotonic() - began,  # of this command, if it went on with another's
             "setting": json.loads((self.work / "setting.json").read_text()),
             "corpus": {"tokens": tokens, "vocabulary": self.corpus.vocab_size,
                        "fingerprint": self.corpus.fingerprint},

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from fastelectra.errors import FastElectraError
+from fastelectra.tasks import reading
 from fastelectra.tasks.reading import HUB, has_task
 from fastelectra.tasks.table import BATCH, PAPER, TASKS, Task, custom, recipe_of
 from fastelectra.training import launch
@@ -80,6 +81,11 @@ def run(args: argparse.Namespace) -> int:
             raise FastElectraError("--text and --label are for --task custom")
         else:
             task = TASKS[args.task]
+            if task.uses and (args.seeds != 1 or args.lr or args.epochs):
+                raise FastElectraError(
+                    f"--task {task.name} is not trained, but predicted with the model of"
+                    f" {task.uses}: leave out --seeds, --lr and --epochs"
+                )
         _run_tasks([(task, Path(args.out))], args, process)
     return 0
 
@@ -126,6 +132,8 @@ def _run_tasks(
     if process.world > 1:  # some have longer runs than others: no time is too long to wait
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     start = pretrained.load(args.model)
+    for task in (task for task, _ in tasks if task.uses):
+        reading.read_task(task, args.data)  # to know now what is wrong with it
     submission = Path(args.out) / "submission"
     options = Options(
         args.model, args.data, submission, args.seeds, args.lr, args.epochs, args.layer_decay

@@ -1,7 +1,7 @@
 """The loop: one fine-tuning run from a seed, and predictions. A run is one process's own.
 
 Runs are short, and a batch of 32 hardly fills one GPU: several processes take different runs, which
-are then the same to the bit on any number of them.
+are then the same to the bit on any number of them (on a CPU with the same number of threads each).
 """
 
 import copy

@@ -44,8 +44,8 @@ def read_task(task: Task, data: str) -> tuple[Task, dict[str, Split]]:
         if split not in sources:
             names = " or ".join(f"{name}.tsv" for name in task.splits[split])
             raise FastElectraError(
-                f"{data} has no {split} set of {task.name}: expected {names} (or .jsonl, .parquet)"
-                + (f", or in a folder {task.folder}" if task.folder else "")
+                f"{data} has no {split} set of {task.name}: expected {names} (or one .jsonl or"
+                " .parquet)" + (f", or in a folder {task.folder}" if task.folder else "")
             )
     if task.name == "custom":
         task = _with_labels(task, *sources["train"]())
@@ -126,7 +126,7 @@ def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
             records.append(record)
     if not records:
         raise FastElectraError(f"{path} is empty")
-    return list(records[0]), iter(records)
+    return list(dict.fromkeys(name for record in records for name in record)), iter(records)
 
 
 def _parquet(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
@@ -137,11 +137,17 @@ def _parquet(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
         raise FastElectraError(
             f"{path}: reading it needs pyarrow: pip install 'fastelectra[data]'"
         ) from None
+    wanted = {name for column in (*task.texts, task.label, IDS) for name in column}
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise FastElectraError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    return table.column_names, iter(table.to_pylist())
+        file = parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        records = file.read([name for name in names if name in wanted]).to_pylist()
+    except UnicodeDecodeError:
+        raise
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise FastElectraError(f"cannot read {path}: {reason}") from None
+    return names, iter(records)
 
 
 def _microsoft(task: Task, path: Path, split: str) -> tuple[str, list[str], Iterator[Record]]:
@@ -205,13 +211,21 @@ def _read(
         if not testing and (lacking or _is_none(task, value)):
             short.append(place)
             continue
+        for name in filter(None, (*texts, label)):
+            if isinstance(record.get(name), list | dict):
+                raise FastElectraError(
+                    f"{where}, example {place + 1:,}: column {name} is not text or a number but a"
+                    f" {type(record[name]).__name__}"
+                )
         found.append(tuple(_text(record.get(name)) for name in texts))
         labels.append(value)
         name = place if number is None else record.get(number, place)
         ids.append(" ".join(_text(name).split()))  # predictions are lines with tabs
     if not found:
         raise FastElectraError(f"{where} has no examples")
-    hidden = testing and all(_is_none(task, value) or value in (-1, "-1") for value in labels)
+    hidden = testing and all(
+        _is_none(task, value) or (value in (-1, "-1") and task.name != "custom") for value in labels
+    )
     numbers = None if hidden else [_number(task, value, where, i) for i, value in enumerate(labels)]
     left_out = short and (
         f"warning: {where}: left out {len(short):,} of {len(short) + len(found):,} rows, which lack"
@@ -237,7 +251,9 @@ def _is_none(task: Task, value: object) -> bool:
 
 
 def _text(value: object) -> str:
-    """Nothing is an empty text; half characters, which JSON can hold, become question marks."""
+    """Nothing is an empty text; what is no Unicode becomes question marks."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
     return "" if value is None else str(value).encode("utf-8", "replace").decode()
 
 

@@ -108,7 +108,9 @@ class Runs:
         path = self._folder(seed) / RESULT
         if not path.parent.exists():
             return False
-        found = pretrained.read_json(path)
+        found = pretrained.read_json(path) if path.is_file() else {}
+        if "scores" not in found:
+            raise FastElectraError(f"{path.parent} has no whole {RESULT}: remove that folder")
         for key, value in self.identity.items():
             if found.get(key) != value:
                 raise FastElectraError(
@@ -147,6 +149,11 @@ class Runs:
         if kept.is_dir():  # else it was moved by an earlier command
             shutil.rmtree(self.out / MODEL, ignore_errors=True)
             kept.rename(self.out / MODEL)
+        elif not (self.out / MODEL).is_dir():
+            raise FastElectraError(
+                f"{self.out / MODEL} is gone, the model of seed {best}: remove"
+                f" {self._folder(best)} to train it again"
+            )
         for run in found:
             shutil.rmtree(self._folder(run["seed"]) / MODEL, ignore_errors=True)
         write_submission(self.options.submission, self.task, self._folder(best), self.splits)
@@ -214,7 +221,7 @@ def write_predictions(path: Path, task: Task, split: Split, outputs: np.ndarray)
 
 def _word(task: Task, value: float) -> str:
     if task.labels:
-        return task.labels[int(value)]
+        return " ".join(task.labels[int(value)].split())
     return f"{float(value) * task.scale:.5g}"
 
 

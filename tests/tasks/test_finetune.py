@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,10 +202,24 @@ def test_all_of_glue(checkpoint, official, tmp_path, capsys):
     arguments = ["--task", "ax", "--data", official, "--out", tmp_path / "ax"]
     assert fastelectra("finetune", "--model", out / "mnli", *arguments) == 0
     again = (tmp_path / "ax" / "submission" / "AX.tsv").read_text().splitlines()
+    glue = ["glue", "--model", checkpoint, "--data", official, "--out", out]
     assert again == entailment
     for other in (checkpoint, out / "rte"):
         assert fastelectra("finetune", "--model", other, *arguments) == 2
         assert "--task ax is predicted with the model of mnli" in capsys.readouterr().err
+
+    # what is missing or malformed is said before anything is trained
+    shutil.rmtree(out / "mnli" / "model")
+    assert fastelectra(*glue) == 2
+    assert f"remove {out / 'mnli' / 'seed-0'} to train it again" in capsys.readouterr().err
+    (out / "mnli" / "seed-0" / "result.json").unlink()
+    assert fastelectra(*glue) == 2
+    assert "seed-0 has no whole result.json: remove that folder" in capsys.readouterr().err
+    shutil.rmtree(out / "mnli" / "seed-0")
+    (official / "AX" / "AX.tsv").write_text("index\tpremis\thypothesis\n0\ta\tb\n")
+    assert fastelectra(*glue) == 2
+    assert "has no column sentence1 or premise" in capsys.readouterr().err
+    assert not (out / "mnli" / "seed-0").exists()
 
 
 def test_a_fine_tuned_model_is_read_as_it_was(checkpoint, official, tmp_path):
@@ -283,6 +298,7 @@ def test_a_custom_task(checkpoint, tmp_path):
         (["--task", "rte", "--text", "a"], "--text and --label are for --task custom"),
         (["--task", "custom", "--text", "a", "--label", "b", "--data", "hub"], "not custom"),
         (["--task", "rte", "--lr", "1e30"], "lower --lr"),
+        (["--task", "ax", "--epochs", "3"], "leave out --seeds, --lr and --epochs"),
     ],
 )
 def test_mistakes(arguments, message, checkpoint, official, tmp_path, capsys, monkeypatch):

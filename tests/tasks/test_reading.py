@@ -236,6 +236,34 @@ def test_odd_values_of_json(tmp_path):
         read_task(custom("a", "c"), str(tmp_path))
 
 
+def test_other_columns_of_parquet_do_not_matter_and_bytes_are_text(tmp_path):
+    when = pyarrow.array([1700000000000000001, 5], pyarrow.timestamp("ns"))  # Python has no such
+    for name in ("train", "dev"):
+        table = pyarrow.table({"sentence": [b"a", "é".encode()], "label": [0, 1], "when": when})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    _, splits = read_task(TASKS["sst-2"], str(tmp_path))
+    assert splits["train"].texts == [("a",), ("é",)]
+    parquet.write_table(
+        pyarrow.table({"sentence": ["a", "b"], "label": when}), tmp_path / "dev.parquet"
+    )
+    with pytest.raises(FastElectraError, match=r"cannot read .*dev\.parquet"):
+        read_task(TASKS["sst-2"], str(tmp_path))
+
+
+def test_lists_are_no_text(tmp_path):
+    (tmp_path / "dev.jsonl").write_text('{"a": "x", "c": "b"}')
+    (tmp_path / "train.jsonl").write_text('{"a": "x"}\n{"a": "x", "c": "b"}\n{"a": [1], "c": "d"}')
+    message = r"train\.jsonl, example 3: column a is not text or a number but a list"
+    with pytest.raises(FastElectraError, match=message):
+        read_task(custom("a", "c"), str(tmp_path))
+
+
+def test_a_custom_class_may_be_named_minus_one(tmp_path):
+    write_custom(tmp_path, ["x\ty\t-1", "x\ty\t1"])
+    (tmp_path / "test.tsv").write_text("a\tb\tc\nx\ty\t-1\n")
+    assert read_task(custom("a", "c"), str(tmp_path))[1]["test"].labels == [0]
+
+
 def test_a_blank_line_is_no_example(tmp_path):
     for name, lines in OFFICIAL["RTE"].items():
         (tmp_path / name).write_bytes("".join(f"{line}\r\n" for line in [*lines, ""]).encode())
