@@ -124,8 +124,8 @@ class TrainingConfig:
 
 @dataclass
 class Config:
-    """A run. `deepspeed` goes to DeepSpeed as it is, batch sizes added by the trainer; one process
-    that asks for no more than bf16 and clipping there trains without DeepSpeed's engine."""
+    """A run. `deepspeed` goes to DeepSpeed as it is, batch sizes added by the trainer; where it
+    asks for no more than bf16 and clipping, training does without DeepSpeed's engine."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -29,8 +29,11 @@ def batches(file, stream: BinaryIO, field: str) -> Iterator[tuple[int, object, s
     """
     import pyarrow  # optional, and here since `file` is
 
-    row = 1
+    row, left = 1, file.num_row_groups
     for number, chunks in enumerate(_chunks(stream, field)):
+        left -= 1
+        if left < 0:
+            raise Damaged
         page = max((_largest_page(stream, *chunk) for chunk in chunks), default=0)
         if page > PAGE_BYTES:
             yield row, None, f"row group has a page of more than {PAGE_BYTES >> 20} MiB"
@@ -41,6 +44,8 @@ def batches(file, stream: BinaryIO, field: str) -> Iterator[tuple[int, object, s
         for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[field]):
             yield row, batch.column(batch.schema.get_field_index(field)), ""
             row += batch.num_rows
+    if left:
+        raise Damaged
 
 
 def _chunks(stream: BinaryIO, field: str) -> Iterator[list[tuple[int, int]]]:

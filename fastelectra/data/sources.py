@@ -195,7 +195,7 @@ def _below(folder: str) -> Iterator[str]:
                     elif not tokenizer and _suffixes(entry.name):  # vocab.txt is no text
                         # sorts folder by folder
                         key = os.fsencode(entry.path).replace(os.sep.encode(), b"\0")
-                        found.execute("INSERT INTO found VALUES (?)", (key,))
+                        found.execute("INSERT OR IGNORE INTO found VALUES (?)", (key,))
         except OSError as error:
             _unless_gone(error)
     for (key,) in found.execute("SELECT path FROM found ORDER BY path"):

@@ -207,6 +207,7 @@ def _read(
     found, labels, ids, short = [], [], [], []
     for place, record in enumerate(records):
         value = None if label is None else record.get(label)
+        value = _text(value) if isinstance(value, bytes) else value
         lacking = any(record.get(name) is None for name in texts)
         if not testing and (lacking or _is_none(task, value)):
             short.append(place)

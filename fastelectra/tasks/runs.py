@@ -111,6 +111,10 @@ class Runs:
         found = pretrained.read_json(path) if path.is_file() else {}
         if "scores" not in found:
             raise FastElectraError(f"{path.parent} has no whole {RESULT}: remove that folder")
+        if not (path.parent / MODEL).is_dir() and not (self.out / MODEL).is_dir():
+            raise FastElectraError(
+                f"{self.out / MODEL} is gone: remove {path.parent} to train it again"
+            )
         for key, value in self.identity.items():
             if found.get(key) != value:
                 raise FastElectraError(
@@ -149,11 +153,6 @@ class Runs:
         if kept.is_dir():  # else it was moved by an earlier command
             shutil.rmtree(self.out / MODEL, ignore_errors=True)
             kept.rename(self.out / MODEL)
-        elif not (self.out / MODEL).is_dir():
-            raise FastElectraError(
-                f"{self.out / MODEL} is gone, the model of seed {best}: remove"
-                f" {self._folder(best)} to train it again"
-            )
         for run in found:
             shutil.rmtree(self._folder(run["seed"]) / MODEL, ignore_errors=True)
         write_submission(self.options.submission, self.task, self._folder(best), self.splits)

@@ -76,7 +76,8 @@ class PlainEngine:
 
     def capture(self, generator: torch.Generator, pool) -> None:
         """From now on replay the update as a CUDA graph; all gradients keep their place."""
-        self._join_gradients()
+        if self.world_size == 1:
+            self._join_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=generator.device)
         self.update = Replay(self.update, generator, pool)

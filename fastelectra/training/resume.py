@@ -84,8 +84,9 @@ def _position(state: dict, folder: Path) -> Position:
 
 def _loss_scale(state: dict, folder: Path) -> dict[str, float]:
     values = state["loss_scale"]
-    known = values.keys() <= set(checkpoint.SCALE_KEYS) and values.get("cur_scale", 1) > 0
-    if not known or not all(type(v) in (int, float) and -1 <= v < 2**53 for v in values.values()):
+    sound = values.keys() <= set(checkpoint.SCALE_KEYS)
+    sound = sound and all(type(v) in (int, float) and -1 <= v < 2**53 for v in values.values())
+    if not sound or values.get("cur_scale", 1) <= 0:
         raise FastElectraError(f"{folder / checkpoint.STATE} has no sound loss_scale")
     return values
 
