@@ -28,6 +28,7 @@ from fastelectra.config import OBJECTIVES, Config, config_from_dict, load_config
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
 from fastelectra.model import Electra
+from fastelectra.tasks.finetune import positive
 from fastelectra.training import checkpoint
 from fastelectra.training.flops import flops_per_token, paper_flops_per_token
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES, metavar="NAME")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="for all runs")
     for name in ("tokens", "points", "seeds", "epochs"):
-        add(f"--{name}", type=positive, metavar="N", help="default: the setting's")
+        add(f"--{name}", type=positive(int), metavar="N", help="default: the setting's")
     add("--lr", type=float, help="of fine-tuning; default: the setting's")
     args = parser.parse_args(argv)
     named = {name: getattr(args, name) for name in ("tokens", "points", "seeds", "epochs", "lr")}
@@ -89,13 +90,6 @@ def main(argv: list[str] | None = None) -> int:
     draw(result, Path(f"{out}.png"))
     print("\n".join(lines(result)), f"wrote {out}.json and {out}.png", sep="\n")
     return 0
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on. Raises ValueError, which argparse tells."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 class Experiment:
@@ -127,7 +121,7 @@ class Experiment:
         tokens = sum(len(shard.tokens) for shard in self.corpus.split("train"))
         return {
             "provenance": provenance(),
-            "seconds": time.monotonic() - began,  # of this command, if it went on with another's
+            "seconds": time.monotonic() - began,  # of this command, not of one it went on with
             "setting": json.loads((self.work / "setting.json").read_text()),
             "corpus": {"tokens": tokens, "vocabulary": self.corpus.vocab_size,
                        "fingerprint": self.corpus.fingerprint},

@@ -16,7 +16,7 @@ def lines(result: dict) -> list[str]:
         f"on {where['gpu'] or where['cpu']}, {ranks} rank{'s' * (ranks > 1)},"
         f" {where['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
-        f"ours runs on {settings['runs_on']}",
+        "ours runs on the trainer's plain engine, without DeepSpeed's",
         f"{settings['rounds']} rounds of {settings['steps_a_round']} steps each; a token costs"
         f" {result['flop_per_token'] / 1e6:.1f} MFLOP; large products run at"
         f" {gemm['median'] / 1e9:,.0f} GFLOP/s ({gemm['low'] / 1e9:,.0f}–"

@@ -143,7 +143,6 @@ class Bench:
                 "micro_batch_tokens": config.training.micro_batch_tokens,
                 "ranks": self.process.world, "rounds": args.rounds, "steps_a_round": self.block,
                 "data_loading": not args.no_data,
-                "runs_on": "the trainer's plain engine",
             },
             "flop_per_token": flops_per_token(self.workload.attended(), self.workload.vocab_size),
             "gemm_flop_per_s": quartiles(self.gemm_rates),

@@ -1,6 +1,5 @@
 """The one error type a user sees: a line that says what is wrong, where, and what to do."""
 
-import sqlite3
 import sys
 
 
@@ -20,8 +19,6 @@ def run(main, argv=None) -> int:
     except OSError as error:  # no permission, full disk, a path that is a folder …
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
-    except sqlite3.Error as error:  # of the lists of input files
-        message = f"temporary files (in TMPDIR, else /var/tmp): {error}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,15 @@ def _cores() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare a corpus; FastElectraError for anything the user can mend."""
+    try:
+        return _run(args)
+    except sqlite3.Error as error:
+        raise FastElectraError(
+            f"lists of input files, which are kept in TMPDIR, else /var/tmp: {error}"
+        ) from None
+
+
+def _run(args: argparse.Namespace) -> int:
     _check(args)
     out = _destination(args.out or "data/demo")
     skipped = Skipped()

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"{', '.join(TASKS)} or custom")  # fmt: skip
     parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="of a custom task")
     parser.add_argument("--label", metavar="COLUMN", help="of a custom task")
-    parser.add_argument("--epochs", type=_positive(int), help="default: the paper's for the task")
+    parser.add_argument("--epochs", type=positive(int), help="default: the paper's for the task")
     _add_common(parser)
 
 
@@ -44,10 +44,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--seeds", type=_positive(int), default=1, metavar="N", help="runs (default 1)"
+        "--seeds", type=positive(int), default=1, metavar="N", help="runs (default 1)"
     )
     parser.add_argument(
-        "--lr", type=_positive(float), help="peak learning rate; default: the paper's for the size"
+        "--lr", type=positive(float), help="peak learning rate; default: the paper's for the size"
     )
     parser.add_argument(
         "--layer-decay", choices=["google", "plain"], default="google",
@@ -56,7 +56,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _positive(kind: type) -> Callable:
+def positive(kind: type) -> Callable:
+    """For argparse: a finite number above 0 of this kind."""
+
     def parse(text: str):
         try:
             value = kind(text)

@@ -38,7 +38,7 @@ class PlainEngine:
         for group in groups:
             group["params"] = [self.masters[parameter] for parameter in group["params"]]
         self.optimizer = PaperAdam(groups, config.optimizer)
-        if self.world_size > 1:
+        if self.copied or self.world_size > 1:
             self._join_gradients()
         self.train, self.eval = model.train, model.eval
 
@@ -64,20 +64,14 @@ class PlainEngine:
         if not self.copied:
             return
         pairs = [(m, p) for p, m in self.masters.items() if p.grad is not None]
-        if self.micro_steps % self.accumulation == 0:
-            for master, _ in pairs:
-                master.grad = torch.empty_like(master) if master.grad is None else master.grad
-            add = torch._foreach_copy_
-        else:
-            add = torch._foreach_add_
+        first = self.micro_steps % self.accumulation == 0
+        add = torch._foreach_copy_ if first else torch._foreach_add_
         add([master.grad for master, _ in pairs], [parameter.grad for _, parameter in pairs])
         for parameter in self.masters:
             parameter.grad = None
 
     def capture(self, generator: torch.Generator, pool) -> None:
-        """From now on replay the update as a CUDA graph; all gradients keep their place."""
-        if self.world_size == 1:
-            self._join_gradients()
+        """Of an engine in bf16: from now on replay the update as a CUDA graph."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=generator.device)
         self.update = Replay(self.update, generator, pool)

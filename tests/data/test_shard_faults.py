@@ -13,10 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from texts import SENTENCES, children, files, make_text, prepare
 
-from fastelectra.data import encoding
+from fastelectra.data import encoding, sources
 from fastelectra.data.encoding import Piece, encode_in_order
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
@@ -192,17 +194,32 @@ def test_bad_bytes_cost_their_line_only(tmp_path):
     assert (record["reason"], record["first"]) == ("line is not UTF-8", "byte 0")
 
 
+WORD = b"x" * 99 + b" "
+
+
+def hard_parquet() -> bytes:
+    """Pages, rows and repeated values near the limits, and a row group beyond them."""
+    sink = pyarrow.BufferOutputStream()
+    groups = [[n * WORD.decode()] * m for n, m in ((660_000, 1), (300_000, 4), (1_000_000, 2))]
+    tables = [pyarrow.table({"text": texts}) for texts in groups]
+    with pyarrow.parquet.ParquetWriter(sink, tables[0].schema) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
 LARGE = {  # name: content, documents, tokens
-    "line.txt": (lambda: f"{'x' * 99} " * 1_000_000, 1, 1_000_000),
-    "line.jsonl": (lambda: '{"text": "😀 %s"}' % (f"{'x' * 99} " * 335_000), 1, 335_001),
-    "tiny.txt": (lambda: "a\n\n" * 1_000_000, 1_000_000, 1_000_000),
+    "line.txt": (lambda: WORD * 1_000_000, 1, 1_000_000),
+    "line.jsonl": (lambda: '{"text": "😀 '.encode() + WORD * 335_000 + b'"}', 1, 335_001),
+    "tiny.txt": (lambda: b"a\n\n" * 1_000_000, 1_000_000, 1_000_000),
+    "hard.parquet": (hard_parquet, 4, 1_200_000),
 }
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_a_line_of_100_mb_and_a_million_tiny_documents(name, tmp_path):
+def test_large_input_in_bounded_memory(name, tmp_path):
     content, documents, tokens = LARGE[name]
-    (tmp_path / name).write_text(content(), encoding="utf-8")
+    (tmp_path / name).write_bytes(content())
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
     program = (
         "import re, sys; from fastelectra import cli; cli.main(sys.argv[1:])\n"
@@ -215,6 +232,24 @@ def test_a_line_of_100_mb_and_a_million_tiny_documents(name, tmp_path):
     assert (counts["documents"], counts["tokens"]) == (documents, tokens)
     print(f"\n{name}: peak {int(result.stdout) / 1e3:.0f} MB")
     assert int(result.stdout) < 800_000
+
+
+def test_a_full_temporary_folder_ends_in_one_message(tmp_path, monkeypatch, capsys):
+    """Where lists of files are kept."""
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text(f"text {number}")
+    database = sources._database
+
+    def small(table):
+        made = database(table)
+        made.execute("PRAGMA max_page_count = 4")
+        return made
+
+    monkeypatch.setattr(sources, "_database", small)
+    assert prepare(tmp_path, "--out", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: lists of input files, which are kept in TMPDIR, else /var/tmp: ")
+    assert "full" in line
 
 
 def test_a_folder_that_changes_meanwhile(tmp_path):

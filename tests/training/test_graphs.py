@@ -151,11 +151,13 @@ def test_ranks_sum_their_gradients_between_replays(made, corpus, monkeypatch, dt
         monkeypatch.setattr(distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
         monkeypatch.setattr(distributed, "get_rank", lambda: 0)
-        monkeypatch.setattr(distributed, "broadcast", lambda tensor, source: None)
+        sent = []
+        monkeypatch.setattr(distributed, "broadcast", lambda tensor, source: sent.append(source))
         monkeypatch.setattr(distributed, "all_reduce", lambda tensor: tensor.mul_(2))
         together = updates(model, batches, corpus, dtype, graphs)
     finally:
         kernels.set_backend("auto")
+    assert sent == [0] * len([*model.parameters()])
     del together[1], alone[1]  # scores, which are summed too
     for ours, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
