@@ -106,7 +106,7 @@ class Maker:
             bias, *norm = (self._random(width) for _ in range(3))
             return x, bias, residual, *norm, p, self.seed
 
-        return self._case("dropout_add_layer_norm", self.tokens, width, make, (3, 5))
+        return self._case("dropout_add_layer_norm", self.tokens, width, make, (3, 6))
 
     def embed_layer_norm(self, width, positions, p):
         def make():

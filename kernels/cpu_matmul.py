@@ -27,6 +27,9 @@ from .cpu import (
 )
 
 TILE = 4, 32  # rows and columns of a product that stay in registers
+SIDE = 16  # of a square of numbers that is transposed in registers
+LINE = 64  # bytes of a cache's line
+FETCH = "llvm.prefetch.p0i8"
 DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
@@ -70,6 +73,74 @@ def _pair(low, high):
     return np.uint32(low) | (np.uint32(high) << np.uint32(16))
 
 
+@intrinsic
+def _transpose_tile(typing, out, out_step, x, x_step):
+    """out [16, 16] = x [16, 16]ᵀ of 4 bytes each: addresses, and the bytes from row to row.
+
+    Four times numbers change places with those 8, then 4, 2 and 1 off the diagonal.
+    """
+
+    def generate(context, builder, signature, arguments):
+        out, out_step, x, x_step = arguments
+        vector = ir.VectorType(ir.IntType(32), SIDE)
+
+        def place(address, step, row):
+            address = builder.add(address, builder.mul(step, step.type(row)))
+            return builder.inttoptr(address, vector.as_pointer())
+
+        def chosen(upper, lower, order):
+            mask = ir.Constant(ir.VectorType(ir.IntType(32), SIDE), order)
+            return builder.shuffle_vector(upper, lower, mask)
+
+        rows = [builder.load(place(x, x_step, row), align=4) for row in range(SIDE)]
+        for off in (8, 4, 2, 1):
+            for i in (row for row in range(SIDE) if not row & off):
+                upper, lower = rows[i], rows[i + off]
+                order = [j - off + SIDE if j & off else j for j in range(SIDE)]
+                rows[i] = chosen(upper, lower, order)
+                order = [j + SIDE if j & off else j + off for j in range(SIDE)]
+                rows[i + off] = chosen(upper, lower, order)
+        for i, row in enumerate(rows):
+            builder.store(row, place(out, out_step, i), align=4)
+        return context.get_dummy_value()
+
+    return numba.void(*[numba.int64] * 4), generate
+
+
+@loop
+def _transpose(operand, part, words, row):
+    """Rows of 4-byte words to columns of an operand from `row` on; how many words are done."""
+    done = words // SIDE * SIDE if len(part) == SIDE else 0
+    for j in range(0, done, SIDE):
+        out = operand.ctypes.data + 4 * (j * operand.shape[1] + row)
+        _transpose_tile(out, 4 * operand.shape[1], part.ctypes.data + 4 * j, part.strides[0])
+    return done
+
+
+@intrinsic
+def _ask(typing, address):
+    """Have the memory at an address brought to the second cache."""
+
+    def generate(context, builder, signature, arguments):
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
+        function = builder.module.globals.get(FETCH) or ir.Function(builder.module, kind, FETCH)
+        reading, second, data = (ir.IntType(32)(value) for value in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], byte), reading, second, data])
+        return context.get_dummy_value()
+
+    return numba.void(numba.int64), generate
+
+
+@loop
+def fetch(x, rows, columns, first, column):
+    """Have a part of x brought to the cache, while other work goes on."""
+    for i in range(first, first + rows):
+        start = x.ctypes.data + x.itemsize * (i * x.shape[1] + column)
+        for offset in range(0, columns * x.itemsize, LINE):
+            _ask(start + offset)
+
+
 def _copy(operand, x, rows, columns, first=0, column=0):
     for i in range(rows):
         row = x[first + i, column : column + columns]
@@ -78,9 +149,10 @@ def _copy(operand, x, rows, columns, first=0, column=0):
 
 
 def _copy_transposed(operand, x, rows, columns, first=0, column=0):
-    for block in range(0, rows, 16):  # whose rows are then fetched from memory at the same time
-        part = x[first + block : first + min(block + 16, rows), column : column + columns]
-        for j in range(columns):
+    for block in range(0, rows, SIDE):
+        part = x[first + block : first + min(block + SIDE, rows), column : column + columns]
+        done = _transpose(operand, part, columns, block) if x.itemsize == operand.itemsize else 0
+        for j in range(done, columns):
             for i in range(len(part)):
                 operand[j, block + i] = widen(part[i, j])
 
@@ -95,9 +167,9 @@ def _pair_along(operand, x, rows, columns, first=0, column=0):
 
 
 def _pair_along_transposed(operand, x, rows, columns, first=0, column=0):
-    for block in range(0, rows, 16):  # as in _copy_transposed
-        part = x[first + block : first + min(block + 16, rows), column : column + columns]
-        for j in range(columns // 2):
+    for block in range(0, rows, SIDE):
+        part = x[first + block : first + min(block + SIDE, rows), column : column + columns]
+        for j in range(_transpose(operand, part, columns // 2, block), columns // 2):
             for i in range(len(part)):
                 operand[j, block + i] = _pair(part[i, 2 * j], part[i, 2 * j + 1])
         if columns % 2:

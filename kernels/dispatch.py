@@ -72,26 +72,29 @@ def describe(device: torch.device) -> str:
 class Operation:
     """A function of tensors, of whose outputs the first alone may have a gradient.
 
+    With uses=2 a call returns that output twice, for two uses whose gradients then come one by one.
+
     torch.compile sees the custom op fastelectra::name. Eager code takes a shorter way to the same
     function, since a custom op's bookkeeping costs as much time as ten launches. The function
     gets its tensors contiguous, with the first one's device the current device.
     """
 
-    def __init__(self, name: str, function):
+    def __init__(self, name: str, function, uses: int = 1):
         @functools.wraps(function)
         def run(*arguments):
             ready = [a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments]
             with torch.cuda.device_of(arguments[0]):
                 return function(*ready)
 
-        self.name, self.run, self.node = name, run, None
+        self.name, self.run, self.uses, self.node = name, run, uses, None
         self.custom_op = torch.library.custom_op(f"fastelectra::{name}", run, mutates_args=())
         self.register_fake = self.custom_op.register_fake
 
     def register_autograd(self, differentiate, save) -> None:
         """save(ctx, inputs, output) keeps what differentiate(ctx, gradient of output) needs.
 
-        differentiate returns the gradients of the inputs, None for those that have none.
+        differentiate returns the gradients of the inputs, None for those that have none. With
+        uses=2 it gets two gradients, of which one may be None.
         """
 
         def setup_context(ctx, inputs, output):
@@ -101,28 +104,35 @@ class Operation:
             ctx.inputs = len(inputs)
             save(ctx, inputs, output)
 
-        def backward(ctx, gradient, *_):
-            return (None,) * ctx.inputs if gradient is None else differentiate(ctx, gradient)
+        def backward(ctx, *gradients):  # those of other outputs are None
+            asked = gradients[: self.uses]
+            if all(gradient is None for gradient in asked):
+                return (None,) * ctx.inputs
+            return differentiate(ctx, *asked)
 
         def forward(ctx, *arguments):
             output = self.run(*arguments)
             setup_context(ctx, arguments, output)
-            return output
+            return self._for_uses(output)
 
         once = torch.autograd.function.once_differentiable(backward)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(once)}
         self.node = type(self.name, (torch.autograd.Function,), methods)  # as profiles show it
         self.custom_op.register_autograd(backward, setup_context=setup_context)
 
+    def _for_uses(self, output):
+        return output if self.uses == 1 else (output[0], output[0].detach(), *output[1:])
+
     def __call__(self, *arguments):
         plain = type(arguments[0]) in (torch.Tensor, torch.nn.Parameter)
         if torch.compiler.is_compiling() or not plain:
-            return self.custom_op(*arguments)
+            output = self.custom_op(*arguments)  # whose outputs may not share memory
+            return output if self.uses == 1 else (output[0], *output)
         if self.node is None or not torch.is_grad_enabled():
-            return self.run(*arguments)
+            return self._for_uses(self.run(*arguments))
         return self.node.apply(*arguments)
 
 
-def operation(name: str):
+def operation(name: str, uses: int = 1):
     """Decorator that makes a function an Operation of this name."""
-    return functools.partial(Operation, name)
+    return functools.partial(Operation, name, uses=uses)

@@ -59,9 +59,10 @@ def _forward(
 
 @jit
 def _backward(
-    dy_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
+    dy_ptr, more_ptr, x_ptr, x_bias_ptr, residual_ptr, weight_ptr, seed_ptr, mean_ptr, rstd_ptr,
     dx_ptr, d_residual_ptr, sums_ptr,
     rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+    MORE: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BH)
     weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
@@ -74,6 +75,8 @@ def _backward(
             x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
         )
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
+        if MORE:
+            dy += upcast(tl.load(more_ptr + at, inside, 0.0))
         dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
         dx = dropout(dz, seed_ptr, row, R, BH, THRESHOLD)
         tl.store(d_residual_ptr + at, dz.to(d_residual_ptr.dtype.element_ty), inside)
@@ -121,7 +124,7 @@ def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y,
 
 
 @loop
-def _backward_loop(part, start, stop, dy, x, x_bias, residual, weight, seed, mean, rstd, dx,
+def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, seed, mean, rstd, dx,
                    d_residual, sums, width, threshold, scale):  # fmt: skip
     z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
     scaled, d_x_bias = np.empty_like(z), np.zeros_like(z)
@@ -131,7 +134,12 @@ def _backward_loop(part, start, stop, dy, x, x_bias, residual, weight, seed, mea
         middle, deviation = mean[row], rstd[row]
         total, along = ZERO, ZERO
         for j in range(len(z)):
-            slope = widen(dy[row, j])
+            scaled[j] = widen(dy[row, j])
+        if len(more):
+            for j in range(len(z)):
+                scaled[j] += widen(more[row, j])
+        for j in range(len(z)):
+            slope = scaled[j]
             z[j] = (z[j] - middle) * deviation
             d_weight[j] += slope * z[j]
             d_bias[j] += slope
@@ -152,7 +160,7 @@ def _backward_loop(part, start, stop, dy, x, x_bias, residual, weight, seed, mea
             flush(d_bias, sums[part, 2])
 
 
-@operation("dropout_add_layer_norm")
+@operation("dropout_add_layer_norm", uses=2)
 def forward(
     x: torch.Tensor,
     x_bias: torch.Tensor,
@@ -187,6 +195,7 @@ def _forward_outputs(x, *_):
 @operation("dropout_add_layer_norm_backward")
 def backward(
     dy: torch.Tensor,
+    more: torch.Tensor | None,
     x: torch.Tensor,
     x_bias: torch.Tensor,
     residual: torch.Tensor,
@@ -196,34 +205,31 @@ def backward(
     rstd: torch.Tensor,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ gradients of x [T, H] and residual [T, H]; of x_bias, weight and bias as one [3, H]."""
+    """→ gradients of x [T, H] and residual [T, H]; of x_bias, weight and bias as one [3, H].
+
+    more: a second gradient of y, to add to the first.
+    """
     dx, d_residual = x.new_empty(x.shape), x.new_empty(x.shape)
     constants, warps = row_blocks(x.shape[1])
     if not use_triton(x):
         sums = torch.zeros(cpu.parts(), 3, x.shape[1], dtype=torch.float64)
-        inputs = dy, x, x_bias, residual, weight, cpu.seed(seed), mean, rstd
+        more = x.new_empty(0, x.shape[1]) if more is None else more
+        inputs = dy, more, x, x_bias, residual, weight, cpu.seed(seed), mean, rstd
         dropping = cpu.dropping(constants["BH"], p)
-        cpu.run(
-            _backward_loop,
-            x.shape[0],
-            *inputs,
-            dx,
-            d_residual,
-            sums,
-            *dropping,
-        )
+        cpu.run(_backward_loop, x.shape[0], *inputs, dx, d_residual, sums, *dropping)
         return dx, d_residual, sums.sum(0).to(torch.promote_types(x_bias.dtype, weight.dtype))
     programs = min(PROGRAMS, -(-x.shape[0] // constants["R"]))
     sums = mean.new_empty(programs, 3, x.shape[1])
     _backward[(programs,)](
-        dy, x, x_bias, residual, weight, seed, mean, rstd, dx, d_residual, sums, x.shape[0],
-        THRESHOLD=dropout_threshold(p), **constants, num_warps=warps,
+        dy, dy if more is None else more, x, x_bias, residual, weight, seed, mean, rstd,
+        dx, d_residual, sums, x.shape[0],
+        THRESHOLD=dropout_threshold(p), MORE=more is not None, **constants, num_warps=warps,
     )  # fmt: skip
     return dx, d_residual, column_sums(sums, torch.promote_types(x_bias.dtype, weight.dtype))
 
 
 @backward.register_fake
-def _(dy, x, x_bias, residual, weight, *_):
+def _(dy, more, x, x_bias, residual, weight, *_):
     sums = x.new_empty(3, x.shape[1], dtype=torch.promote_types(x_bias.dtype, weight.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape), sums
 
@@ -233,8 +239,10 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(x, x_bias, residual, weight, seed, *output[1:])
 
 
-def _differentiate(ctx, dy):
-    dx, d_residual, sums = backward(dy, *ctx.saved_tensors, ctx.p)
+def _differentiate(ctx, dy, more):
+    if dy is None:
+        dy, more = more, None
+    dx, d_residual, sums = backward(dy, more, *ctx.saved_tensors, ctx.p)
     d_x_bias, d_weight, d_bias = sums.unbind()
     return dx, d_x_bias, d_residual, d_weight, d_bias, None, None, None
 
@@ -252,14 +260,16 @@ def dropout_add_layer_norm(
     p: float,
     seed: torch.Tensor,
     eps: float = 1e-12,
-) -> torch.Tensor:
-    """LayerNorm of dropout(x [T, H] + x_bias [H]) + residual [T, H] → [T, H].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm of dropout(x [T, H] + x_bias [H]) + residual [T, H] → [T, H], twice.
 
-    weight, bias [H]: of the LayerNorm. p: dropped share, 0 = none. seed [1] int64: of the mask.
+    The two are one tensor, for the product that follows and for the residual after it, whose
+    gradients are added here. weight, bias [H]: of the LayerNorm. p: dropped share, 0 = none. seed
+    [1] int64: of the mask.
     """
     arguments = x, x_bias, residual, weight, bias, p, seed, eps
     if fused(x):
-        return forward(*arguments)[0]
+        return forward(*arguments)[:2]
     return dropout_add_layer_norm_reference(*arguments)
 
 
@@ -268,4 +278,4 @@ def dropout_add_layer_norm_reference(x, x_bias, residual, weight, bias, p, seed,
     x = x + x_bias
     if p:
         x = F.dropout(x, p)
-    return F.layer_norm(x + residual, weight.shape, weight, bias, eps)
+    return (F.layer_norm(x + residual, weight.shape, weight, bias, eps),) * 2

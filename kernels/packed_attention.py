@@ -16,6 +16,7 @@ from .cpu_matmul import (
     add_product,
     as_along,
     as_down,
+    fetch,
     operand,
     set_product,
     take_along,
@@ -23,6 +24,7 @@ from .cpu_matmul import (
     take_transposed,
 )
 from .dispatch import operation, use_loops
+from .split_qkv import split_qkv_reference
 
 ROWS = 32  # of scores at a time
 
@@ -65,6 +67,37 @@ def _write(out, x, rows, columns, first, column, scale):
 
 
 @loop
+def _add_rows(x, rows, columns, column, scale, sums):
+    """Add the sums of x[:rows, :columns] · scale to sums [3 heads d] from a column on."""
+    total = np.zeros(columns, np.float32)
+    fours = rows // 4 * 4  # each addition to a total waits for the one before
+    for i in range(0, fours, 4):
+        for j in range(columns):
+            total[j] += (x[i, j] + x[i + 1, j]) + (x[i + 2, j] + x[i + 3, j])
+    for i in range(fours, rows):
+        for j in range(columns):
+            total[j] += x[i, j]
+    for j in range(columns):
+        sums[column + j] += total[j] * scale
+
+
+@loop
+def _place(item, boundaries, heads):
+    """Of an item: the first row and the length of its sequence, and its head."""
+    first = boundaries[item // heads]
+    return first, boundaries[item // heads + 1] - first, item % heads
+
+
+@loop
+def _fetch(x, item, stop, boundaries, heads, size):
+    """Have what an item needs of x [T, heads d or 3 heads d] brought to the cache."""
+    if item < stop:
+        first, length, head = _place(item, boundaries, heads)
+        for column in range(head * size, x.shape[1], heads * size):
+            fetch(x, length, size, first, column)
+
+
+@loop
 def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, threshold, scale):
     """Heads start … stop - 1, counted over all sequences: qkv [T, 3 heads d] → out [T, heads d].
 
@@ -79,12 +112,12 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
     bits = np.empty(block, np.uint32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
-        first, head = boundaries[item // heads], item % heads
-        length = boundaries[item // heads + 1] - first
+        first, length, head = _place(item, boundaries, heads)
         column = head * size
         take_along(queries, qkv, length, size, first, column)
         take_transposed(keys, qkv, length, size, first, width + column)
         take_down(values, qkv, length, size, first, 2 * width + column)
+        _fetch(qkv, item + 1, stop, boundaries, heads, size)
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(p, queries, o, False, keys, 0, rows, size, length)
@@ -98,7 +131,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
 
 
 @loop
-def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
+def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
                    block, threshold, scale):  # fmt: skip
     heads, longest = lse.shape[1], np.max(np.diff(boundaries))
     width = d_out.shape[1]
@@ -113,8 +146,7 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
     bits = np.empty(block, np.uint32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
-        first, head = boundaries[item // heads], item % heads
-        length = boundaries[item // heads + 1] - first
+        first, length, head = _place(item, boundaries, heads)
         column = head * size
         take_along(queries, qkv, length, size, first, column)
         take_down(queries_down, qkv, length, size, first, column)
@@ -123,6 +155,8 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
         take_transposed(values, qkv, length, size, first, 2 * width + column)
         take_along(d_outs, d_out, length, size, first, column)
         take_down(d_outs_down, d_out, length, size, first, column)
+        _fetch(qkv, item + 1, stop, boundaries, heads, size)
+        _fetch(d_out, item + 1, stop, boundaries, heads, size)
         d_keys[:length] = ZERO
         d_values[:length] = ZERO
         for o in range(0, length, ROWS):
@@ -142,17 +176,20 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv,
             left = as_along(room, ds, rows, length)
             set_product(d_queries, left, 0, False, keys_down, 0, rows, length, size)
             _write(d_qkv, d_queries, rows, size, first + o, column, root)
+            _add_rows(d_queries, rows, size, column, root, sums[part])
             turned = as_down(room, ds, rows, length)
             add_product(d_keys, turned, 0, True, queries_down, o, length, rows, size)
             turned = as_down(room, p, rows, length)
             add_product(d_values, turned, 0, True, d_outs_down, o, length, rows, size)
-        _write(d_qkv, d_keys, length, size, first, width + column, root)
-        _write(d_qkv, d_values, length, size, first, 2 * width + column, scale)
+        for x, factor in ((d_keys, root), (d_values, scale)):
+            column += width
+            _write(d_qkv, x, length, size, first, column, factor)
+            _add_rows(x, length, size, column, factor, sums[part])
 
 
 @operation("packed_attention")
 def forward(
-    qkv: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
+    qkv: torch.Tensor, bias: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ out [T, heads, d]; log2 of each row's sum of 2^scores [T, heads]."""
     out, lse = _forward_outputs(qkv)
@@ -192,44 +229,58 @@ def backward(
     seed: torch.Tensor,
     lse: torch.Tensor,
     p: float,
-) -> torch.Tensor:
-    """→ gradient of qkv [T, 3, heads, d]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ gradients of qkv [T, 3, heads, d] and bias [3 heads d]."""
     d_qkv = qkv.new_empty(qkv.shape)
+    sums = torch.zeros(cpu.parts(), qkv.shape[1:].numel(), dtype=torch.float64)
     boundaries = boundaries.unique_consecutive()
-    work = d_out.flatten(1), qkv.flatten(1), boundaries, cpu.seed(seed), lse, d_qkv.flatten(1)
-    cpu.run(_backward_loop, _heads(qkv, boundaries), *work, *_dropping(boundaries, p))
-    return d_qkv
+    work = (
+        d_out.flatten(1),
+        qkv.flatten(1),
+        boundaries,
+        cpu.seed(seed),
+        lse,
+        d_qkv.flatten(1),
+        sums,
+        *_dropping(boundaries, p),
+    )
+    cpu.run(_backward_loop, _heads(qkv, boundaries), *work)
+    return d_qkv, sums.sum(0).to(qkv.dtype)
 
 
 def _save(ctx, inputs, output):
-    qkv, boundaries, ctx.p, seed = inputs
+    qkv, _, boundaries, ctx.p, seed = inputs
     ctx.save_for_backward(qkv, boundaries, seed, output[1])
 
 
 forward.register_fake(_forward_outputs)
-backward.register_fake(lambda d_out, qkv, *_: qkv.new_empty(qkv.shape))
+backward.register_fake(
+    lambda d_out, qkv, *_: (qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[1:].numel()))
+)
 forward.register_autograd(
-    lambda ctx, d_out: (backward(d_out, *ctx.saved_tensors, ctx.p), None, None, None),
+    lambda ctx, d_out: (*backward(d_out, *ctx.saved_tensors, ctx.p), None, None, None),
     _save,
 )
 
 
 def packed_attention(
-    qkv: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
+    qkv: torch.Tensor, bias: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
 ) -> torch.Tensor:
     """softmax(q kᵀ / √d) v within each sequence: qkv [T, 3, heads, d] → [T, heads, d].
 
-    boundaries [N + 1] int32: from 0 to T, ascending; a sequence may be empty. p: dropped share of
-    the probabilities, 0 = none. seed [1] int64: of the mask. CPU tensors only.
+    bias [3·heads·d] has been added to qkv, by a product that was given a detached one: it gets its
+    gradient here. boundaries [N + 1] int32: from 0 to T, ascending; a sequence may be empty. p:
+    dropped share of the probabilities, 0 = none. seed [1] int64: of the mask. CPU tensors only.
     """
     if use_loops(qkv):
-        return forward(qkv, boundaries, p, seed)[0]
-    return packed_attention_reference(qkv, boundaries, p, seed)
+        return forward(qkv, bias, boundaries, p, seed)[0]
+    return packed_attention_reference(qkv, bias, boundaries, p, seed)
 
 
-def packed_attention_reference(qkv, boundaries, p, seed):
+def packed_attention_reference(qkv, bias, boundaries, p, seed):
     """`packed_attention` in plain PyTorch; the mask comes from torch's generator."""
     lengths = boundaries.diff().tolist()
+    qkv = torch.stack(split_qkv_reference(qkv, bias), 1)
     parts = [part.permute(1, 2, 0, 3) for part in qkv.split(lengths) if len(part)]
     out = [F.scaled_dot_product_attention(*part, dropout_p=p).transpose(0, 1) for part in parts]
     return torch.cat(out) if out else qkv[:, 0]

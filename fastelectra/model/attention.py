@@ -39,18 +39,13 @@ def attention(
     """softmax(q kᵀ / √d) v within each sequence: [T, 3, heads, d] → [T, heads, d].
 
     `dropout` is the share of attention probabilities dropped; its mask comes from `seed` [1] int64
-    on the CPU, from torch's default generator on GPUs. `bias` [3·heads·d] is part of qkv already;
-    where `takes_bias` says so, it gets its gradient here.
+    on the CPU, from torch's default generator on GPUs. `bias` [3·heads·d] has been added to qkv, by
+    a product that was given a detached one: it gets its gradient here.
     """
     name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0)
     if name == "packed":
-        return packed_attention(qkv, layout.cu_seqlens, dropout, seed)
+        return packed_attention(qkv, bias, layout.cu_seqlens, dropout, seed)
     return BACKENDS[name](*split_qkv(qkv, bias), layout.cu_seqlens, layout.max_length, dropout)
-
-
-def takes_bias(device: torch.device) -> bool:
-    """Whether `attention` on a device makes the gradient of `bias`, together with that of qkv."""
-    return device.type != "cpu"
 
 
 def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastelectra.config import ModelConfig
 from fastelectra.kernels import bias_gelu, dropout_add_layer_norm, masked_gather
-from fastelectra.model.attention import Layout, attention, takes_bias
+from fastelectra.model.attention import Layout, attention
 from fastelectra.model.embeddings import LAYER_NORM_EPS
 
 
@@ -38,10 +38,11 @@ class Network(nn.Module):
     ) -> torch.Tensor:
         """[T, E] → [T, H], or [M, H] at rows [M]; `seeds` [3 · layers] int64 are its dropouts'."""
         hidden = embedded if self.project is None else self.project(embedded)
+        residual = hidden
         *others, last = zip(self.encoder, seeds.view(-1, 3), strict=True)
         for layer, layer_seeds in others:
-            hidden = layer(hidden, layout, layer_seeds)
-        return last[0](hidden, layout, last[1], rows)
+            hidden, residual = layer(hidden, residual, layout, layer_seeds)
+        return last[0](hidden, residual, layout, last[1], rows)[0]
 
 
 class Layer(nn.Module):
@@ -58,16 +59,20 @@ class Layer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        residual: torch.Tensor,
         layout: Layout,
         seeds: torch.Tensor,
         rows: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """[T, H] → [T, H], or [M, H] at rows [M] int32, as masked_gather takes; seeds [3] int64."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] → [T, H], or [M, H] at rows [M] int32, as masked_gather takes; seeds [3] int64.
+
+        In and out it is the same tensor twice, as from dropout_add_layer_norm.
+        """
         context = self.qkv(hidden, layout, seeds[:1])  # (T, H)
-        if rows is not None:  # after attention every row is on its own
-            context, hidden = masked_gather(context, rows), masked_gather(hidden, rows)  # (M, H)
-        hidden = self.attention_output(context, hidden, seeds[1:2])
-        return self.output(self.intermediate(hidden), hidden, seeds[2:])
+        if rows is not None:  # after attention every row is on its own; (M, H)
+            context, residual = masked_gather(context, rows), masked_gather(residual, rows)
+        hidden, residual = self.attention_output(context, residual, seeds[1:2])
+        return self.output(self.intermediate(hidden), residual, seeds[2:])
 
 
 class SelfAttention(nn.Module):
@@ -81,8 +86,7 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = model.heads, model.attention_dropout
 
     def forward(self, hidden: torch.Tensor, layout: Layout, seed: torch.Tensor) -> torch.Tensor:
-        bias = self.bias.detach() if takes_bias(hidden.device) else self.bias
-        qkv = F.linear(hidden, self.weight, bias).unflatten(1, (3, self.heads, -1))
+        qkv = F.linear(hidden, self.weight, self.bias.detach()).unflatten(1, (3, self.heads, -1))
         dropout = self.dropout if self.training else 0.0
         return attention(qkv, layout, dropout, seed, self.bias).flatten(1)
 
@@ -100,7 +104,7 @@ class Intermediate(nn.Module):
 
 
 class Output(nn.Module):
-    """LayerNorm(dropout(dense(x)) + residual): [T, I] and [T, H] → [T, H]."""
+    """LayerNorm(dropout(dense(x)) + residual): [T, I] and [T, H] → [T, H], twice."""
 
     def __init__(self, input_size: int, hidden_size: int, dropout: float):
         super().__init__()
@@ -110,7 +114,9 @@ class Output(nn.Module):
         self.norm_bias = nn.Parameter(torch.empty(hidden_size))
         self.dropout = dropout
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return dropout_add_layer_norm(
             F.linear(x, self.weight),
             self.bias,

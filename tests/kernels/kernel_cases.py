@@ -91,12 +91,20 @@ def split_qkv(g, rows, width):
     return [_normal(g, rows, 3, 1, width), _normal(g, 3 * width)]
 
 
-def joined(split):
-    """The three outputs of `split_qkv` as one, weighted: no gradient of one is another's."""
+def joined(function):
+    """Several outputs as one, weighted: no gradient of one is another's."""
 
-    def call(products, bias):
-        qkv = products + bias.detach().view(products.shape[1:])
-        return torch.cat([(i + 1) * part for i, part in enumerate(split(qkv, bias))], 1)
+    def call(*inputs):
+        return torch.cat([(i + 1) * part for i, part in enumerate(function(*inputs))], 1)
+
+    return call
+
+
+def biased(function):
+    """The same of products and their bias."""
+
+    def call(products, bias, *others):
+        return function(products + bias.detach().view(products.shape[1:]), bias, *others)
 
     return call
 
@@ -129,13 +137,23 @@ CASES = (
         for make in (
             bias_gelu,
             bias_gelu_layer_norm,
-            dropout_add_layer_norm,
             embed_layer_norm,
             masked_gather,
             replaced_token_loss,
         )
     }
-    | {"split_qkv": (split_qkv, joined(kernels.split_qkv), joined(kernels.split_qkv_reference))}
+    | {
+        "split_qkv": (
+            split_qkv,
+            joined(biased(kernels.split_qkv)),
+            joined(biased(kernels.split_qkv_reference)),
+        ),
+        "dropout_add_layer_norm": (
+            dropout_add_layer_norm,
+            joined(kernels.dropout_add_layer_norm),
+            joined(kernels.dropout_add_layer_norm_reference),
+        ),
+    }
     | {
         name: (linear_cross_entropy_sample, way, kernels.linear_cross_entropy_sample_reference)
         for name, way in WAYS.items()

@@ -32,16 +32,17 @@ def test_cpu_equals_a_loop_over_sequences(lengths, padding):
     shape = (real + padding, 3, 2, 4)
     qkv = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     qkv.requires_grad_()
-    out = attention.attention(
-        qkv, layout_of(cu_seqlens, len(qkv), max([4, *lengths])), 0.0, SEED, None
-    )
+    bias = torch.zeros(24, dtype=torch.float64, requires_grad=True)
+    layout = layout_of(cu_seqlens, len(qkv), max([4, *lengths]))
+    out = attention.attention(qkv, layout, 0.0, SEED, bias)
     assert out.shape == (real + padding, 2, 4)
     assert out.isfinite().all()  # padding too: nothing may leak a NaN into a matrix product
     torch.testing.assert_close(out[:real], reference(qkv, cu_seqlens)[:real])
     gradient = torch.randn(real, 2, 4, generator=torch.Generator().manual_seed(1)).double()
-    (ours,) = torch.autograd.grad(out[:real], qkv, gradient)
+    ours, of_bias = torch.autograd.grad(out[:real], (qkv, bias), gradient)
     (theirs,) = torch.autograd.grad(reference(qkv, cu_seqlens)[:real], qkv, gradient)
     torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(of_bias, theirs.sum(0).flatten())
 
 
 def test_layout_covers_padding_with_sequences_of_bounded_length():
@@ -55,8 +56,9 @@ def test_dropout_keeps_the_expectation():
     copies, length = 2000, 6
     qkv = torch.randn(length, 3, 2, 4).repeat(copies, 1, 1, 1)
     layout = layout_of(torch.arange(0, len(qkv) + 1, length, dtype=torch.int32), len(qkv), length)
-    draws = attention.attention(qkv, layout, 0.5, SEED, None).view(copies, length, 2, 4)
-    exact = attention.attention(qkv, layout, 0.0, SEED, None)[:length]
+    draws = attention.attention(qkv, layout, 0.5, SEED, torch.zeros(24))
+    draws = draws.view(copies, length, 2, 4)
+    exact = attention.attention(qkv, layout, 0.0, SEED, torch.zeros(24))[:length]
     assert not torch.equal(draws[0], draws[1])
     torch.testing.assert_close(draws.mean(0), exact, atol=0.1, rtol=0)
 

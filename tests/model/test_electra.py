@@ -10,7 +10,7 @@ from packing import packed_batch, randomize
 from scipy.stats import chisquare
 
 from fastelectra.config import ModelConfig, ObjectiveConfig, load_config
-from fastelectra.model import Electra, attention, electra, encoder
+from fastelectra.model import Electra, attention, electra
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VOCAB_SIZE = 61
@@ -152,15 +152,15 @@ def test_nothing_waits_for_the_device(monkeypatch):
 
 
 def test_attention_in_three_parts_gives_the_same_gradients(monkeypatch):
-    """As on GPUs, where the bias of queries, keys and values gets its gradient with theirs."""
+    """As on GPUs, where a library's attention takes queries, keys and values apart."""
     batches = [packed_batch(LENGTHS, VOCAB_SIZE)]
     expected = losses_and_gradients(tiny(), batches)
 
     def backend(q, k, v, boundaries, _, dropout):
         qkv, seed = torch.stack([q, k, v], 1), torch.zeros(1, dtype=torch.int64)
-        return attention.packed_attention(qkv, boundaries, dropout, seed)
+        no_bias = torch.zeros(qkv[0].numel(), dtype=q.dtype)
+        return attention.packed_attention(qkv, no_bias, boundaries, dropout, seed)
 
-    monkeypatch.setattr(encoder, "takes_bias", lambda device: True)
     monkeypatch.setattr(attention, "backend", lambda *_: "torch flash")
     monkeypatch.setitem(attention.BACKENDS, "torch flash", backend)
     found = losses_and_gradients(tiny(), batches)
