@@ -65,6 +65,7 @@ has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
 throughput base 100 --size base --tokens-per-step 32768 --rounds 3 --block 10 "${peers[@]}" --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
+part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels" \
   "$repo/tests/training/test_graphs.py" "$repo/tests/tasks/test_step.py"
 throughput large 70 --size large --rounds 3 --block 10 "${peers[@]}"

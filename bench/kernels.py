@@ -9,15 +9,13 @@ traffic and the arithmetic alone would take on an H100. Writes OUTPUT.json and O
 """
 
 import argparse
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fastelectra.kernels import aot
-from measure import provenance
+from measure import flush, milliseconds, provenance
 from operations import Case, cases
 
 from fastelectra import kernels
@@ -98,37 +96,6 @@ def measured_rates() -> dict:
         "bytes_per_s": 2 * source.nbytes / copy * 1e3,
         "flop_per_s": 2 * 8192**3 / product * 1e3,
     }
-
-
-def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
-    """Median time of a call on the GPU alone: a CUDA graph of it, the cache flushed before each."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(3):  # compiles, and fills the allocator
-            call()
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        flush()
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
-
-
-def flush() -> None:
-    """Write more than any GPU's cache holds, so that what comes next reads from memory."""
-    _flushed().zero_()
-
-
-@functools.cache
-def _flushed() -> torch.Tensor:
-    return torch.empty(2**26, dtype=torch.int32, device="cuda")
 
 
 def measure(preset: str, rates: dict) -> list[dict]:

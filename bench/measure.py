@@ -1,6 +1,7 @@
-"""The instruments of throughput.py: rates, memory, where a step's time goes, on what machine."""
+"""The instruments of the benchmarks: rates, memory, where a step's time goes, on what machine."""
 
 import ctypes
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -59,6 +60,37 @@ def quartiles(values: list[float]) -> dict[str, float]:
         return dict.fromkeys(("low", "median", "high"), values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"low": low, "median": median, "high": high}
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
+    """Median time of a call on the GPU alone: a CUDA graph of it, the cache flushed before each."""
+    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+    aside.wait_stream(here)
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # compiles, and fills the allocator
+            call()
+    here.wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        flush()
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2]
+
+
+def flush() -> None:
+    """Write more than any GPU's cache holds, so that what comes next reads from memory."""
+    _flushed().zero_()
+
+
+@functools.cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(2**26, dtype=torch.int32, device="cuda")
 
 
 class Gemm:

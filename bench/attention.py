@@ -1,0 +1,153 @@
+"""Attention with dropout at the sizes of small, base and large, by all that runs here.
+
+    python bench/attention.py [--presets small base large] [--tokens N] [--json FILE]
+
+Milliseconds and TFLOP/s, forward and backward, and the error of forward without dropout against
+fp32. On a GPU the trainer's own choice is among those of `fastelectra.model.attention`; "torch
+cudnn" is not used by the trainer. On a CPU: the trainer's own beside PyTorch's on padded rows.
+FLOPs are those of two products forward and, as probabilities are computed anew, five backward.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from fastelectra.kernels import packed_attention
+from measure import milliseconds, provenance
+
+from fastelectra.config import generator_sizes, load_config
+from fastelectra.data.batch import BatchShape
+from fastelectra.model.attention import BACKENDS, backend, layout_of
+
+ROOT = Path(__file__).resolve().parent.parent
+PRESETS = ("small", "base", "large")
+WITHOUT_DROPOUT = ("torch varlen", "flash-attn 4")
+
+
+def cudnn(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
+    """cuDNN's attention through PyTorch: as the implementations in BACKENDS."""
+    return torch.ops.aten._cudnn_attention_forward(
+        q, k, v, None, boundaries, boundaries, longest, longest, True, dropout, False, False
+    )[0]
+
+
+def padded(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
+    """PyTorch's attention on examples as rows of one length, which they have here."""
+    rows = (part.unflatten(0, (-1, longest)).transpose(1, 2) for part in (q, k, v))
+    out = F.scaled_dot_product_attention(*rows, dropout_p=dropout)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def packed(qkv, boundaries, longest: int, dropout: float) -> torch.Tensor:
+    """The trainer's own on a CPU."""
+    bias = qkv.new_zeros(qkv.shape[1:].numel())
+    return packed_attention(qkv, bias, boundaries, dropout, torch.zeros(1, dtype=torch.int64))
+
+
+def ways(device: torch.device) -> dict[str, Callable]:
+    """Implementations by name: of qkv [T, 3, heads, d], boundaries, the longest and dropout."""
+    if device.type == "cpu":
+        return {"packed": packed, "padded": apart(padded)}
+    found = {name: way for name, way in BACKENDS.items() if name not in WITHOUT_DROPOUT}
+    found |= {"torch cudnn": cudnn, "padded": padded}
+    return {name: apart(way) for name, way in found.items()}
+
+
+def apart(way: Callable) -> Callable:
+    """The same of queries, keys and values in one tensor."""
+    return lambda qkv, *others: way(*qkv.unbind(1), *others)
+
+
+def measure(preset: str, tokens: int | None, device: torch.device) -> list[dict]:
+    """A row for each implementation and network of a preset."""
+    config = load_config(ROOT / "configs" / f"{preset}.json")
+    model, length = config.model, config.data.max_length
+    tokens = (tokens or config.training.micro_batch_tokens) // length * length
+    room = BatchShape.of(tokens, length, config.data.mask_fraction, length).sequences
+    boundaries = torch.arange(room + 1, device=device).mul(length).clamp(max=tokens).int()
+    layout = layout_of(boundaries, tokens, length)
+    narrow, _, few = generator_sizes(model)
+    rows = []
+    for width, heads in ((model.hidden_size, model.heads), (narrow, few)):
+        qkv = torch.randn(tokens, 3, heads, width // heads, device=device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            exact = apart(padded)(qkv.float(), None, length, 0.0)
+        flop = 4 * tokens * length * width
+        for name, way in ways(device).items():
+            row = {"preset": preset, "tokens": tokens, "length": length, "heads": heads,
+                   "head_size": width // heads, "way": name}  # fmt: skip
+            row["chosen"] = name == backend(device, qkv.dtype, width // heads, True)
+            try:
+                row |= timed(way, qkv, layout, model.attention_dropout)
+                with torch.no_grad():
+                    out = way(qkv, layout.cu_seqlens, length, 0.0).float()
+                row["error"] = ((out - exact).norm() / exact.norm()).item()
+                row["tflop_per_s"] = [flop / row["ms"][0] / 1e9, 2.5 * flop / row["ms"][1] / 1e9]
+            except (RuntimeError, ImportError) as error:  # not installed, or not for this GPU
+                row["cannot_run"] = str(error).strip().partition("\n")[0]
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def timed(way: Callable, qkv: torch.Tensor, layout, dropout: float) -> dict:
+    """Milliseconds of forward, and of backward."""
+    qkv.requires_grad_()
+    gradient = torch.randn_like(qkv[:, 0])
+    clock = milliseconds if qkv.is_cuda else on_cpu
+
+    def forward():
+        return way(qkv, layout.cu_seqlens, layout.max_length, dropout)
+
+    both = clock(lambda: torch.autograd.grad(forward(), qkv, gradient))
+    alone = clock(forward)
+    return {"ms": [alone, both - alone]}
+
+
+def on_cpu(call: Callable[[], object], repeats: int = 5) -> float:
+    """Median milliseconds of a call."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def line(row: dict) -> str:
+    """A row as text; the trainer's choice has a star."""
+    start = "{preset:6s} {tokens:6d} tokens {length:4d} {heads:3d} × {head_size:<3d}".format(**row)
+    start += f" {'*' if row['chosen'] else ' '} {row['way']:16s}"
+    if "cannot_run" in row:
+        return f"{start} cannot run: {row['cannot_run']}"
+    return start + (
+        " {ms[0]:8.3f} + {ms[1]:8.3f} ms {tflop_per_s[0]:7.2f} {tflop_per_s[1]:7.2f} TFLOP/s"
+        "  error {error:.1e}".format(**row)
+    )
+
+
+def main(argv=None) -> int:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
+    parser.add_argument("--tokens", type=int, help="in a batch (default: the preset's)")
+    parser.add_argument("--json", type=Path, help="also write the results there")
+    arguments = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {"provenance": provenance(), "rows": []}
+    for preset in arguments.presets:
+        result["rows"] += measure(preset, arguments.tokens, device)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
