@@ -13,9 +13,14 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fastelectra.training import launch
+
+launch.prepare()  # before torch, which reads what it sets
+
+# ruff: noqa: E402
 import torch
 import torch.nn.functional as F
 from fastelectra.kernels import packed_attention
@@ -55,7 +60,7 @@ def ways(device: torch.device) -> dict[str, Callable]:
     if device.type == "cpu":
         return {"packed": packed, "padded": apart(padded)}
     found = {name: way for name, way in BACKENDS.items() if name not in WITHOUT_DROPOUT}
-    found |= {"torch cudnn": cudnn, "padded": padded}
+    found |= {"padded": padded, "torch cudnn": cudnn}  # what may fail last, and take CUDA along
     return {name: apart(way) for name, way in found.items()}
 
 
@@ -64,7 +69,7 @@ def apart(way: Callable) -> Callable:
     return lambda qkv, *others: way(*qkv.unbind(1), *others)
 
 
-def measure(preset: str, tokens: int | None, device: torch.device) -> list[dict]:
+def measure(preset: str, tokens: int | None, device: torch.device) -> Iterator[dict]:
     """A row for each implementation and network of a preset."""
     config = load_config(ROOT / "configs" / f"{preset}.json")
     model, length = config.model, config.data.max_length
@@ -73,7 +78,6 @@ def measure(preset: str, tokens: int | None, device: torch.device) -> list[dict]
     boundaries = torch.arange(room + 1, device=device).mul(length).clamp(max=tokens).int()
     layout = layout_of(boundaries, tokens, length)
     narrow, _, few = generator_sizes(model)
-    rows = []
     for width, heads in ((model.hidden_size, model.heads), (narrow, few)):
         qkv = torch.randn(tokens, 3, heads, width // heads, device=device, dtype=torch.bfloat16)
         with torch.no_grad():
@@ -89,11 +93,9 @@ def measure(preset: str, tokens: int | None, device: torch.device) -> list[dict]
                     out = way(qkv, layout.cu_seqlens, length, 0.0).float()
                 row["error"] = ((out - exact).norm() / exact.norm()).item()
                 row["tflop_per_s"] = [flop / row["ms"][0] / 1e9, 2.5 * flop / row["ms"][1] / 1e9]
-            except (RuntimeError, ImportError) as error:  # not installed, or not for this GPU
+            except Exception as error:  # not installed, or not for this GPU
                 row["cannot_run"] = str(error).strip().partition("\n")[0]
-            rows.append(row)
-            print(line(row), flush=True)
-    return rows
+            yield row
 
 
 def timed(way: Callable, qkv: torch.Tensor, layout, dropout: float) -> dict:
@@ -142,10 +144,12 @@ def main(argv=None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"provenance": provenance(), "rows": []}
     for preset in arguments.presets:
-        result["rows"] += measure(preset, arguments.tokens, device)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        for row in measure(preset, arguments.tokens, device):
+            print(line(row), flush=True)
+            result["rows"].append(row)
+            if arguments.json:
+                arguments.json.parent.mkdir(parents=True, exist_ok=True)
+                arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -6,7 +6,7 @@ bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops i
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 
@@ -114,10 +114,15 @@ def run(work, rows: int, *arguments) -> None:
             work(part, first, min(rows, first + share), *arguments)
 
     others = [_pool().submit(work_off) for _ in range(torch.get_num_threads() - 1)]
-    work_off()
-    for other in others:
-        if not other.cancel():  # as one that has not begun yet can be
-            other.result()
+    try:
+        work_off()
+    finally:
+        list(left)  # after an error no part is begun
+        begun = [other for other in others if not other.cancel()]
+        wait(begun)
+        arguments.clear()  # which those that were cancelled keep until the pool has seen them
+    for other in begun:
+        other.result()
 
 
 def parts() -> int:

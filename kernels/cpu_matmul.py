@@ -92,7 +92,7 @@ def _transpose_tile(typing, out, out_step, x, x_step):
             mask = ir.Constant(ir.VectorType(ir.IntType(32), SIDE), order)
             return builder.shuffle_vector(upper, lower, mask)
 
-        rows = [builder.load(place(x, x_step, row), align=4) for row in range(SIDE)]
+        rows = [builder.load(place(x, x_step, row), align=2) for row in range(SIDE)]
         for off in (8, 4, 2, 1):
             for i in (row for row in range(SIDE) if not row & off):
                 upper, lower = rows[i], rows[i + off]

@@ -72,7 +72,8 @@ def describe(device: torch.device) -> str:
 class Operation:
     """A function of tensors, of whose outputs the first alone may have a gradient.
 
-    With uses=2 a call returns that output twice, for two uses whose gradients then come one by one.
+    With uses=2 a call returns that output twice, for two uses whose gradients then come one by one:
+    in the same memory, so that neither may be changed in place.
 
     torch.compile sees the custom op fastelectra::name. Eager code takes a shorter way to the same
     function, since a custom op's bookkeeping costs as much time as ten launches. The function
