@@ -60,7 +60,7 @@ def ways(device: torch.device) -> dict[str, Callable]:
     if device.type == "cpu":
         return {"packed": packed, "padded": apart(padded)}
     found = {name: way for name, way in BACKENDS.items() if name not in WITHOUT_DROPOUT}
-    found |= {"padded": padded, "torch cudnn": cudnn}  # what may fail last, and take CUDA along
+    found |= {"padded": padded, "torch cudnn": cudnn}  # last: it may fail, and take CUDA along
     return {name: apart(way) for name, way in found.items()}
 
 
@@ -73,7 +73,7 @@ def measure(preset: str, tokens: int | None, device: torch.device) -> Iterator[d
     """A row for each implementation and network of a preset."""
     config = load_config(ROOT / "configs" / f"{preset}.json")
     model, length = config.model, config.data.max_length
-    tokens = (tokens or config.training.micro_batch_tokens) // length * length
+    tokens = max(1, (tokens or config.training.micro_batch_tokens) // length) * length
     room = BatchShape.of(tokens, length, config.data.mask_fraction, length).sequences
     boundaries = torch.arange(room + 1, device=device).mul(length).clamp(max=tokens).int()
     layout = layout_of(boundaries, tokens, length)
@@ -138,7 +138,7 @@ def main(argv=None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--tokens", type=int, help="in a batch (default: the preset's)")
+    parser.add_argument("--tokens", type=int, help="whole examples of so many tokens")
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -102,8 +102,8 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 def run(work, rows: int, *arguments) -> None:
     """work(part, start, stop, *arguments) for each part of the rows, on all of torch's threads.
 
-    Tensors are passed as arrays. A thread that is free takes the next part: the second one takes
-    a tenth of a millisecond to wake up.
+    Tensors are passed as arrays. A thread that is free takes the next part, as some wake up late.
+    An error in any thread is raised once all have ended.
     """
     arguments = [array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     share = max(1, -(-rows // parts()))
