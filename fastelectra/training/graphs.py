@@ -30,8 +30,9 @@ def captured(function: Callable, pool: tuple[int, int] | None) -> Callable:
     """What launches the kernels that `function` would, and returns what it returned when captured:
     the same tensors each time, with new values until anything of the pool is replayed again."""
     graph = torch.cuda.CUDAGraph()
-    # another thread that page-locks memory meanwhile would spoil the capture
-    with pinning, torch.cuda.graph(graph, pool=pool):
+    # another thread that page-locks memory meanwhile would spoil the capture; what NCCL's watchdog
+    # asks of events may not
+    with pinning, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         outputs = function()
 
     def replay():
