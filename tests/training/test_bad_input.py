@@ -44,6 +44,7 @@ def config_with(corpus, run="run", deepspeed=None, **sections):
         ({"bf16": {"enabled": "auto"}}, 'deepspeed.bf16: DeepSpeed does not understand "auto"'),
         ({"bf16": {"enabled": "yess"}}, "deepspeed.bf16.enabled: Input should be a valid boolean"),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "be simultaneously enabled"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "bfloat16, or deepspeed.fp16"),
         ({"nebula": {}}, "deepspeed.nebula: Nebula checkpointing has been removed"),
         ({"gradient_clipping": "1"}, "deepspeed.gradient_clipping must be a number"),
         ({"gradient_clipping": float("nan")}, "deepspeed.gradient_clipping must be a number"),
