@@ -63,12 +63,15 @@ part environment 30 "$python" "$repo/bench/measure.py"
 xdist=() # compiling the kernels takes many times longer than running them
 has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
-throughput base 100 --size base --tokens-per-step 32768 --rounds 3 --block 10 "${peers[@]}" --profile
+# several micro-batches to an update, as in a run: base's step, an eighth of large's
+accumulated=(--tokens-per-step 131072 --rounds 3 --warmup 3)
+throughput base 100 --size base "${accumulated[@]}" --micro-batch 32768 --block 3 "${peers[@]}" \
+  --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels" \
   "$repo/tests/training/test_graphs.py" "$repo/tests/tasks/test_step.py"
-throughput large 70 --size large --rounds 3 --block 10 "${peers[@]}"
+throughput large 90 --size large "${accumulated[@]}" --micro-batch 16384 --block 2 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
 throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled
 throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
