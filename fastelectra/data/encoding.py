@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -158,6 +159,7 @@ class _Worker:
     def __init__(self, *arguments):
         self._arguments = arguments
         self._stopped = False
+        self._changing = threading.Lock()  # the process: a thread may start it, another stop it
         self._start()
 
     def encode(self, chunk: list[Piece]) -> list[Encoded]:
@@ -169,17 +171,23 @@ class _Worker:
             except (EOFError, OSError):
                 if self._stopped:
                     raise
-            print("a worker process died: another one goes on", file=sys.stderr, flush=True)
-            self._end()
-            self._start()
+            self._replace()
         raise FastElectraError(
             "worker processes keep dying, perhaps for lack of memory: try fewer --workers"
         )
 
     def stop(self) -> None:
-        """End the process, whatever it is doing."""
-        self._stopped = True
-        self._end()
+        """End the process, whatever it is doing; there is no other then."""
+        with self._changing:
+            self._stopped = True
+            self._end()
+
+    def _replace(self) -> None:
+        with self._changing:
+            if not self._stopped:
+                print("a worker process died: another one goes on", file=sys.stderr, flush=True)
+                self._end()
+                self._start()
 
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -125,6 +128,27 @@ def test_workers_that_keep_dying_end_in_one_message(death, corpus, monkeypatch, 
     with pytest.raises(FastElectraError, match="worker processes keep dying"):
         list(encode_in_order(chunks, corpus.tokenizer_dir, np.dtype("<u2"), 2))
     assert capsys.readouterr().err.count("a worker process died") >= encoding.MOST_DEATHS
+
+
+def test_a_worker_may_be_stopped_while_it_is_replaced(corpus, monkeypatch):
+    """By an error in the work of another."""
+    monkeypatch.setattr(encoding, "_work", kill_yourself)
+    process = multiprocessing.get_context("spawn").Process
+    starting, start = threading.Event(), process.start
+
+    def slow_start(self):
+        starting.set()
+        time.sleep(0.3)
+        start(self)
+
+    worker = encoding._Worker(corpus.tokenizer_dir, np.dtype("<u2"))
+    monkeypatch.setattr(process, "start", slow_start)
+    with ThreadPoolExecutor(1) as thread:
+        work = thread.submit(worker.encode, [Piece(0, ["a"], True, True)])
+        assert starting.wait(60)
+        worker.stop()
+        assert isinstance(work.exception(60), (EOFError, OSError))
+    assert not worker._process.is_alive()
 
 
 @pytest.mark.parametrize("kilobytes", [16, 120, 400])
