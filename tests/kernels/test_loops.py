@@ -12,6 +12,7 @@ import philox
 import pytest
 import torch
 from fastelectra.kernels import cpu, dispatch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastelectra import kernels
 
@@ -72,7 +73,9 @@ def test_any_shape(name, rows, width):
     loops = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     plain = kernel_cases.with_gradients(kernel_cases.reference(name), inputs)
     for f, p in zip(loops, plain, strict=True):
-        small = 5e-5 if name == "packed_attention" else 2e-5  # of a sum of all rows
+        small = 2e-5
+        if name == "packed_attention" and p.numel():  # sums of all rows, some of which cancel
+            small += 3e-6 * p.abs().max().item()
         torch.testing.assert_close(f, p, rtol=2e-4, atol=small)
 
 
@@ -173,7 +176,8 @@ def test_attention_passes_on_a_score_that_is_not_a_number(which, value):
     qkv.requires_grad_()
     seen = []
     for attention in (kernels.packed_attention, kernels.packed_attention_reference):
-        out = attention(qkv, torch.zeros(48), boundaries, 0.0, torch.tensor([0]))
+        with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fast one makes 0 of inf - inf in places
+            out = attention(qkv, torch.zeros(48), boundaries, 0.0, torch.tensor([0]))
         seen.append([out.isnan(), torch.autograd.grad(out.square().sum(), qkv)[0].isnan()])
     assert seen[1][0].any()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*seen, strict=True))
