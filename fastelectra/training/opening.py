@@ -1,5 +1,7 @@
 """What a run says before its first step."""
 
+import importlib.util
+
 import torch
 
 from fastelectra import kernels
@@ -27,6 +29,8 @@ def opening(trainer: Trainer) -> list[str]:
         f"batch: {config.training.micro_batch_tokens:,} tokens × {plan.accumulation} micro-batches"
         f" × {process.world} processes = {config.training.batch_tokens:,} tokens a step",
     ]
+    if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        lines.append("TensorBoard: not installed, so without its files (pip install tensorboard)")
     if config.data.google_parity:
         lines.append(
             "as google-research: tails dropped, masking with replacement; packed for speed"
