@@ -1,16 +1,22 @@
-"""Records of a run on a disk without room: warned of once, written when there is room again."""
+"""What a run says when it cannot write its records, on a disk without room or without packages."""
 
 import errno
 import json
 import shutil
+import sys
 import threading
 
 import pytest
 from launching import tiny_config
 
 from fastelectra.config import config_from_dict
+from fastelectra.data.shards import open_corpus
 from fastelectra.training import curves
+from fastelectra.training.engine import plan_engine
+from fastelectra.training.loop import Trainer
+from fastelectra.training.opening import opening
 from fastelectra.training.report import Report
+from fastelectra.training.resume import find_start
 
 EVAL = {"kind": "eval", "mlm_loss": 6.0, "mlm_accuracy": 0.1, "sampled_accuracy": 0.1,
         "disc_loss": 0.4, "prior_loss": 0.4, "gain": 0.0, "fake_rate": 0.1, "auc": 0.5,
@@ -106,3 +112,13 @@ def test_tensorboard_on_a_disk_without_room_is_warned_of_once(
     printed = capsys.readouterr()
     assert printed.out.count("warning: cannot write reports to") == 1
     assert "Traceback" not in printed.err
+
+
+def test_that_tensorboard_is_missing_is_said(process, corpus, tmp_path, monkeypatch):
+    config = config_from_dict(tiny_config(corpus, tmp_path, tensorboard=True))
+    plan = plan_engine(config, process)
+    trainer = Trainer(config, open_corpus(corpus), process, plan, find_start(config, corpus))
+    said = "TensorBoard: not installed"
+    assert not any(line.startswith(said) for line in opening(trainer))
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert any(line.startswith(said) for line in opening(trainer))
