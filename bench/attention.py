@@ -9,6 +9,7 @@ FLOPs are those of two products forward and, as probabilities are computed anew,
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -32,11 +33,12 @@ from fastelectra.model.attention import BACKENDS, backend, layout_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
-WITHOUT_DROPOUT = ("torch varlen", "flash-attn 4")
 
 
 def cudnn(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
     """cuDNN's attention through PyTorch: as the implementations in BACKENDS."""
+    if torch.__version__ < "2.14":
+        raise RuntimeError("PyTorch before 2.14 passes the head size as the sequences' length")
     return torch.ops.aten._cudnn_attention_forward(
         q, k, v, None, boundaries, boundaries, longest, longest, True, dropout, False, False
     )[0]
@@ -59,9 +61,8 @@ def ways(device: torch.device) -> dict[str, Callable]:
     """Implementations by name: of qkv [T, 3, heads, d], boundaries, the longest and dropout."""
     if device.type == "cpu":
         return {"packed": packed, "padded": apart(padded)}
-    found = {name: way for name, way in BACKENDS.items() if name not in WITHOUT_DROPOUT}
-    found |= {"padded": padded, "torch cudnn": cudnn}  # last: it may fail, and take CUDA along
-    return {name: apart(way) for name, way in found.items()}
+    found = {name: way for name, way in BACKENDS.items() if name != "flash-attn 4"}  # no dropout
+    return {name: apart(way) for name, way in (found | {"padded": padded}).items()}
 
 
 def apart(way: Callable) -> Callable:
@@ -69,7 +70,9 @@ def apart(way: Callable) -> Callable:
     return lambda qkv, *others: way(*qkv.unbind(1), *others)
 
 
-def measure(preset: str, tokens: int | None, device: torch.device) -> Iterator[dict]:
+def measure(
+    preset: str, tokens: int | None, device: torch.device, ways: dict[str, Callable]
+) -> Iterator[dict]:
     """A row for each implementation and network of a preset."""
     config = load_config(ROOT / "configs" / f"{preset}.json")
     model, length = config.model, config.data.max_length
@@ -83,7 +86,7 @@ def measure(preset: str, tokens: int | None, device: torch.device) -> Iterator[d
         with torch.no_grad():
             exact = apart(padded)(qkv.float(), None, length, 0.0)
         flop = 4 * tokens * length * width
-        for name, way in ways(device).items():
+        for name, way in ways.items():
             row = {"preset": preset, "tokens": tokens, "length": length, "heads": heads,
                    "head_size": width // heads, "way": name}  # fmt: skip
             row["chosen"] = name == backend(device, qkv.dtype, width // heads, True)
@@ -143,8 +146,11 @@ def main(argv=None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {"provenance": provenance(), "rows": []}
-    for preset in arguments.presets:
-        for row in measure(preset, arguments.tokens, device):
+    turns = [ways(device)]
+    if device.type == "cuda":
+        turns.append({"torch cudnn": apart(cudnn)})  # last: it may fail, and take CUDA along
+    for found, preset in itertools.product(turns, arguments.presets):
+        for row in measure(preset, arguments.tokens, device, found):
             print(line(row), flush=True)
             result["rows"].append(row)
             if arguments.json:

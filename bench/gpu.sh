@@ -3,10 +3,11 @@
 #
 #     bench/gpu.sh [OUTPUT_DIR]        (default bench/results)
 #
-# Nothing is installed: the package is linked together in a temporary folder; other packages, as
-# transformers for the peers, may be offered by PYTHONPATH. COMMIT names the commit where the copy
-# has no history. Results are JSON files named by GPU and date, with logs beside them. Ends within 9
-# minutes. A part that fails or runs out of time does not lose the others; the exit status is then 1.
+# Nothing is installed: the package is linked together in a temporary folder; other packages may be
+# offered by PYTHONPATH: transformers for the peers, pytest for the tests. What is missing is said.
+# COMMIT names the commit where the copy has no history. Results are JSON files named by GPU and
+# date, with logs beside them. Ends within 9 minutes. A part that fails or runs out of time does not
+# lose the others; the exit status is then 1.
 set -u
 repo=$(cd "$(dirname "$0")/.." && pwd)
 out=${1:-$repo/bench/results}
@@ -27,6 +28,12 @@ warnings.filterwarnings("ignore", "overflow encountered")  # uint64 arithmetic m
 njit = lambda **_: lambda function: function'
   flags+=(--no-data)
 fi
+tests=("$repo/tests/kernels")
+if has tokenizers; then tests+=("$repo/tests/training/test_graphs.py"); fi
+if has transformers; then tests+=("$repo/tests/tasks/test_step.py"); fi
+for package in transformers tokenizers pytest; do
+  has "$package" || echo "$package is not installed: what needs it is left out, or fails"
+done
 has tokenizers || # imported by what makes batches, but not used for that
   echo 'import sys, unittest.mock; sys.modules[__name__] = unittest.mock.MagicMock()' \
     >"$work/tokenizers.py"
@@ -63,15 +70,14 @@ part environment 30 "$python" "$repo/bench/measure.py"
 xdist=() # compiling the kernels takes many times longer than running them
 has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
-# several micro-batches to an update, as in a run: base's step, an eighth of large's
-accumulated=(--tokens-per-step 131072 --rounds 3 --warmup 3)
-throughput base 100 --size base "${accumulated[@]}" --micro-batch 32768 --block 3 "${peers[@]}" \
-  --profile
+# base and large: several micro-batches to an update, as in a run (base has these, large 64)
+throughput base 100 --size base --tokens-per-step 131072 --rounds 3 --warmup 3 \
+  --micro-batch 32768 --block 3 "${peers[@]}" --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
-part tests 150 "$python" -m pytest "${xdist[@]}" "$repo/tests/kernels" \
-  "$repo/tests/training/test_graphs.py" "$repo/tests/tasks/test_step.py"
-throughput large 90 --size large "${accumulated[@]}" --micro-batch 16384 --block 2 "${peers[@]}"
+part tests 150 "$python" -m pytest "${xdist[@]}" "${tests[@]}"
+throughput large 90 --size large --tokens-per-step 65536 --rounds 3 --warmup 3 \
+  --micro-batch 16384 --block 2 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
 throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled
 throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest

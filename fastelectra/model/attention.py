@@ -82,11 +82,12 @@ def choose(
         )
     if dtype == torch.float32 or capability < (8, 0):
         return "memory-efficient"  # flash kernels take 16 bit only, from Ampere on
-    if dropout:
-        return "flash-attn 2" if "flash-attn 2" in packages else "torch flash"
-    if "flash-attn 4" in packages and capability[0] in (9, 10) and head_size in (64, 96, 128):
+    if dropout and "flash-attn 2" in packages:
+        return "flash-attn 2"
+    new = capability[0] in (9, 10) and head_size in (64, 96, 128)
+    if not dropout and new and "flash-attn 4" in packages:
         return "flash-attn 4"
-    return "torch varlen"
+    return "torch flash"  # not varlen_attn: it may be cuDNN's, which need not know empty sequences
 
 
 def installed() -> frozenset[str]:
@@ -99,12 +100,6 @@ def installed() -> frozenset[str]:
     return frozenset(packages)
 
 
-def _torch_varlen(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(q, k, v, cu, cu, longest, longest)
-
-
 def _torch_flash(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
     return torch.ops.aten._flash_attention_forward(
         q, k, v, cu, cu, longest, longest, dropout, False, False
@@ -112,6 +107,7 @@ def _torch_flash(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
 
 
 def _torch_efficient(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
+    longest = min(longest, len(q))  # its backward takes no larger bound
     q, k, v = (part.unsqueeze(0) for part in (q, k, v))  # (1, T, heads, d)
     return torch.ops.aten._efficient_attention_forward(
         q, k, v, None, cu, cu, longest, longest, dropout, 0, q.requires_grad
@@ -140,7 +136,6 @@ def _flash_attn_4(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
 
 BACKENDS = {  # of q, k, v [T, heads, d], boundaries, the longest and dropout
     "memory-efficient": _torch_efficient,
-    "torch varlen": _torch_varlen,
     "torch flash": _torch_flash,
     "flash-attn 2": _flash_attn_2,
     "flash-attn 4": _flash_attn_4,

@@ -1,11 +1,11 @@
 """Attention over packed rows: the CPU's numbers, and which GPU implementation is called how."""
 
-import inspect
 import sys
 import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastelectra.errors import FastElectraError
 from fastelectra.model import attention
@@ -75,11 +75,11 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
         ((7, 5), torch.float16, True, BOTH, "memory-efficient"),
         ((9, 0), torch.bfloat16, True, frozenset(), "torch flash"),
         ((9, 0), torch.bfloat16, True, BOTH, "flash-attn 2"),
-        ((9, 0), torch.bfloat16, False, frozenset(), "torch varlen"),
+        ((9, 0), torch.bfloat16, False, frozenset(), "torch flash"),
         ((9, 0), torch.bfloat16, False, BOTH, "flash-attn 4"),
         ((10, 0), torch.float16, False, BOTH, "flash-attn 4"),
-        ((8, 0), torch.bfloat16, False, BOTH, "torch varlen"),
-        ((12, 0), torch.bfloat16, False, BOTH, "torch varlen"),
+        ((8, 0), torch.bfloat16, False, BOTH, "torch flash"),
+        ((12, 0), torch.bfloat16, False, BOTH, "torch flash"),
     ],
 )
 def test_choice_of_implementation(capability, dtype, dropout, packages, expected):
@@ -88,7 +88,7 @@ def test_choice_of_implementation(capability, dtype, dropout, packages, expected
 
 
 def test_head_sizes_that_no_gpu_takes_are_an_error():
-    assert choose((9, 0), torch.bfloat16, 32, False, BOTH) == "torch varlen"  # not flash-attn 4's
+    assert choose((9, 0), torch.bfloat16, 32, False, BOTH) == "torch flash"  # not flash-attn 4's
     for head_size in (20, 264):
         with pytest.raises(FastElectraError, match=f"head size of {head_size}"):
             choose((8, 0), torch.bfloat16, head_size, True, frozenset())
@@ -101,7 +101,7 @@ def test_description_names_the_implementation_in_use():
 
 
 @pytest.mark.parametrize(
-    ("name", "dropout"), [("torch varlen", 0.0), ("torch flash", 0.1), ("memory-efficient", 0.1)]
+    ("name", "dropout"), [("torch flash", 0.0), ("torch flash", 0.1), ("memory-efficient", 0.1)]
 )
 def test_torchs_gpu_operators_take_our_call(name, dropout):
     """Forward and backward on the meta device: torch checks arguments, shapes and derivatives."""
@@ -114,11 +114,32 @@ def test_torchs_gpu_operators_take_our_call(name, dropout):
     assert qkv.grad.shape == qkv.shape
 
 
-def test_torchs_gpu_operators_mean_what_we_pass():
-    from torch.nn.attention.varlen import varlen_attn
+def test_memory_efficient_is_never_told_of_more_rows_than_there_are():
+    """Its backward refuses that: a batch of a few short texts."""
+    qkv = torch.empty(12, 3, 2, 64, device="meta", requires_grad=True)
+    layout = layout_of(torch.empty(3, dtype=torch.int32, device="meta"), 12, 128)
+    calls = []
 
-    names = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    assert list(inspect.signature(varlen_attn).parameters)[:7] == names
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    with Calls():
+        out = attention.BACKENDS["memory-efficient"](
+            *qkv.unbind(1), layout.cu_seqlens, layout.max_length, 0.1
+        )
+        out.sum().backward()
+    bounds = {
+        value
+        for function, args in calls if "_efficient_attention" in str(function)
+        for argument, value in zip(function._schema.arguments, args, strict=False)
+        if argument.name.startswith("max_seqlen")
+    }  # fmt: skip
+    assert bounds == {12}
+
+
+def test_torchs_gpu_operators_mean_what_we_pass():
     flash = torch.ops.aten._flash_attention_forward.default._schema.arguments
     assert [argument.name for argument in flash[3:10]] == [
         "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
