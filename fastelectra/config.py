@@ -1,13 +1,16 @@
 """The whole configuration: JSON in, strict; every field is documented here and only here.
 
 Defaults are the paper's (arXiv 2003.10555, table 6, ELECTRA-small); the files in configs/ state
-what a preset changes. An unknown or ill-typed field is an error that names the nearest valid one.
+what a preset changes. An unknown field is an error that names the nearest valid one, an ill-typed
+one says what it takes.
 """
 
 import dataclasses
 import difflib
 import json
 import typing
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,16 +175,23 @@ def _apply_override(values: dict, override: str) -> None:
     keys = name.strip().split(".")
     if not separator or len(keys) < 2 or not all(keys):
         raise FastElectraError(f"--set {override}: expected section.field=value")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = text  # a bare word is a string
+    value = _value(text, dict(_fields()).get(name.strip()))
     target = values
     for key in keys[:-1]:
         target = target.setdefault(key, {})
         if not isinstance(target, dict):
             raise FastElectraError(f"--set {override}: {key} is not a section")
     target[keys[-1]] = value
+
+
+def _value(text: str, kind: type | None):
+    """What stands behind `=`: JSON, a number as .5, or a bare word."""
+    if kind is str and not text.startswith('"'):
+        return text
+    for read in (json.loads, float):
+        with suppress(ValueError, RecursionError):
+            return read(text)
+    return text
 
 
 def _build(cls, values, where: str, prefix: str):
@@ -201,20 +211,23 @@ def _build(cls, values, where: str, prefix: str):
 
 def _hint(name: str, prefix: str) -> str:
     """The nearest valid name: in the same section first, then anywhere."""
-    siblings = [path for path in _field_paths() if path.rpartition(".")[0] == prefix.rstrip(".")]
-    for paths in (siblings, list(_field_paths())):
+    everywhere = [path for path, _ in _fields()]
+    siblings = [path for path in everywhere if path.rpartition(".")[0] == prefix.rstrip(".")]
+    for paths in (siblings, everywhere):
         leaves = {path.rpartition(".")[2]: path for path in paths}
         near = difflib.get_close_matches(name, leaves, n=1, cutoff=0.7)
+        near = near or [leaf for leaf in leaves if leaf.startswith(f"{name}_")]
         if near:
             return f"; did you mean {leaves[near[0]]}?"
     return f"; valid here: {', '.join(path.rpartition('.')[2] for path in siblings)}"
 
 
-def _field_paths(cls=Config, prefix: str = ""):
+def _fields(cls=Config, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every section and field by its path, and its type."""
     for name, kind in typing.get_type_hints(cls).items():
-        yield prefix + name
+        yield prefix + name, kind
         if dataclasses.is_dataclass(kind):
-            yield from _field_paths(kind, f"{prefix}{name}.")
+            yield from _fields(kind, f"{prefix}{name}.")
 
 
 def _checked(kind: type, value, where: str, name: str):

@@ -52,7 +52,6 @@ class Pretrained:
 
     electra: Electra  # fp32 on the CPU, in evaluation mode; a generator it lacks is untrained
     tokenizer: Tokenizer
-    tokenizer_dir: Path
     special: dict[str, int]  # ids of pad, unk, cls, sep, mask
     has_generator: bool
 
@@ -69,17 +68,21 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
             raise FastElectraError(f"{path} holds no discriminator (ElectraForPreTraining)")
         if networks.embeddings_differ:
             print(EMBEDDINGS_DIFFER, file=sys.stderr)
-        tokenizer_dir, has_generator = networks.tokenizer_dir, "generator" in networks.folders
         electra = _build(networks.model, networks.vocab_size, networks.weights)
-    else:
-        folder = checkpoint.resolve(path)
-        if generator:
-            raise FastElectraError(f"{folder} has a generator of its own: leave out {generator}")
-        tokenizer_dir = folder / checkpoint.TOKENIZER
-        electra = _build(*_read_checkpoint(folder))
-        has_generator = electra.generator is not None
+        return _pretrained(electra, networks.tokenizer_dir, "generator" in networks.folders)
+    if generator:
+        raise FastElectraError(f"{path} has a generator of its own: leave out {generator}")
+    return checkpoint.use(path, _load_checkpoint)
+
+
+def _load_checkpoint(folder: Path) -> Pretrained:
+    electra = _build(*_read_checkpoint(folder))
+    return _pretrained(electra, folder / checkpoint.TOKENIZER, electra.generator is not None)
+
+
+def _pretrained(electra: Electra, tokenizer_dir: Path, has_generator: bool) -> Pretrained:
     tokenizer, special = read_tokenizer(tokenizer_dir, len(electra.embeddings.word))
-    return Pretrained(electra.eval(), tokenizer, tokenizer_dir, special, has_generator)
+    return Pretrained(electra.eval(), tokenizer, special, has_generator)
 
 
 def _build(
@@ -131,7 +134,11 @@ def run_export(args: Namespace) -> int:
 
     Raises FastElectraError: not a sound checkpoint, OUT is not empty or cannot be written.
     """
-    folder, out = checkpoint.resolve(args.checkpoint), Path(args.out)
+    checkpoint.use(args.checkpoint, lambda folder: _export(folder, Path(args.out)))
+    return 0
+
+
+def _export(folder: Path, out: Path) -> None:
     model, vocab_size, weights, objective = _read_checkpoint(folder)
     _, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
     parts = exported_parts(objective.kind)
@@ -151,7 +158,6 @@ def run_export(args: Namespace) -> int:
     print(f"wrote {' and '.join(str(out / part) for part in parts)} from {folder}")
     if objective.name == "all_tokens_mlm":
         print("left out, since ElectraForMaskedLM has no place for it: the probability of copying")
-    return 0
 
 
 def exported_parts(kind: Objective) -> dict[str, tuple[str, str]]:
@@ -219,8 +225,11 @@ def run_import(args: Namespace) -> int:
             )
     folders = [part for name in args.folders for part in hub_folders(Path(name)) or [Path(name)]]
     networks = read_networks(folders, args.generator_fraction)
-    electra = _build(networks.model, networks.vocab_size, networks.weights)
     tokenizer, special = read_tokenizer(networks.tokenizer_dir, networks.vocab_size)
+    vocab_size = tokenizer.get_vocab_size()
+    shapes = parameter_shapes(networks.model, vocab_size)
+    weights = {name: weight[: shapes[name][0]] for name, weight in networks.weights.items()}
+    electra = _build(networks.model, vocab_size, weights)
     config = Config(model=networks.model)
     config.data.max_length = min(config.data.max_length, networks.model.max_positions)
     with tempfile.TemporaryDirectory() as tokenizer_dir:
@@ -232,7 +241,7 @@ def run_import(args: Namespace) -> int:
             step=0,
             position=None,
             config=config.to_dict(),
-            vocab_size=networks.vocab_size,
+            vocab_size=vocab_size,
             special_tokens=special,
             fingerprint="",  # of no corpus
         )
@@ -240,5 +249,7 @@ def run_import(args: Namespace) -> int:
         print(f"{network}: {networks.folders.get(network, 'not given, initialised afresh')}")
     if networks.embeddings_differ:
         print(EMBEDDINGS_DIFFER)
+    if vocab_size < networks.vocab_size:
+        print(f"left out: embeddings {vocab_size} to {networks.vocab_size - 1}, of no token")
     print(f"wrote {args.out}: start from it with training.init_from")
     return 0

@@ -47,11 +47,14 @@ def test_overrides_are_typed(tmp_path):
     config = load_config(
         path,
         ["training.steps=1e3", "data.path=my corpus", "optimizer.peak_lr=1",
+         "data.mask_fraction=.2", "training.output_dir=5", 'training.wandb_project="a b"',
          "data.google_parity=true", "deepspeed.zero_optimization.stage=2"],
     )  # fmt: skip
     assert config.training.steps == 1000
     assert isinstance(config.training.steps, int)
     assert config.data.path == "my corpus"
+    assert (config.data.mask_fraction, config.training.output_dir) == (0.2, "5")
+    assert config.training.wandb_project == "a b"
     assert config.optimizer.peak_lr == 1.0
     assert isinstance(config.optimizer.peak_lr, float)
     assert config.data.google_parity is True
@@ -63,6 +66,7 @@ def test_overrides_are_typed(tmp_path):
     [
         ({"model": {"hiden_size": 5}}, "did you mean model.hidden_size?"),
         ({"modle": {}}, "did you mean model?"),
+        ({"optimizer": {"warmup": 5}}, "did you mean optimizer.warmup_steps?"),
         ({"training": {"peak_lr": 1e-3}}, "did you mean optimizer.peak_lr?"),
         ({"model": {"zzz": 5}}, "valid here: layers"),
         ({"model": {"layers": "12"}}, 'model.layers must be an integer, got "12"'),

@@ -245,6 +245,25 @@ def test_what_transformers_saved_survives_import_and_export(tmp_path, corpus, fo
         assert differ <= {"dtype", "_name_or_path"}
 
 
+def test_embeddings_of_no_token_are_left_out(tmp_path, corpus, capsys):
+    """As resize_token_embeddings makes them: to a multiple of 64, say."""
+    save_pair(tmp_path / "pair", corpus)
+    tokens = open_corpus(corpus).vocab_size
+    kinds = {"discriminator": ElectraForPreTraining, "generator": ElectraForMaskedLM}
+    for folder, kind in kinds.items():
+        model = kind.from_pretrained(tmp_path / "pair" / folder)
+        model.resize_token_embeddings(tokens + 8)
+        model.save_pretrained(tmp_path / "padded" / folder)
+        for file in (tmp_path / "pair" / folder).glob("*token*"):
+            shutil.copy(file, tmp_path / "padded" / folder)
+    for name in ("pair", "padded"):
+        parts = [tmp_path / name / part for part in kinds]
+        assert fastelectra("import", *parts, "--out", tmp_path / f"{name}-imported") == 0
+        said = f"left out: embeddings {tokens} to {tokens + 7}, of no token"
+        assert (said in capsys.readouterr().out) == (name == "padded")
+    assert files(tmp_path / "padded-imported") == files(tmp_path / "pair-imported")
+
+
 @pytest.mark.parametrize("given", ["discriminator", "generator"])
 def test_a_missing_network_starts_afresh(tmp_path, exported, given, capsys):
     missing = "generator" if given == "discriminator" else "discriminator"

@@ -25,7 +25,7 @@ from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_
 from fastelectra.data.progress import Progress
 from fastelectra.data.reader import Reader
 from fastelectra.data.shards import Corpus, Manifest, file_sha256, write_durably
-from fastelectra.data.sources import Skipped, Source, Sources, find_sources
+from fastelectra.data.sources import SKIPPED, Skipped, Source, Sources, find_sources
 from fastelectra.data.writer import ShardWriter
 from fastelectra.errors import FastElectraError
 
@@ -269,7 +269,7 @@ def _prepare(
     shards, counts = writer.finish()
     if not any(shard.tokens for shard in shards):
         raise FastElectraError(f"there is no text in {next(iter(sources)).path}{skipped}")
-    write_durably(folder / "skipped.jsonl", skipped.to_jsonl(_root(sources)))
+    write_durably(folder / SKIPPED, skipped.to_jsonl(_root(sources)))
     manifest = Manifest(
         tokenizer_fingerprint=file_sha256(folder / "tokenizer/tokenizer.json"),
         vocab_size=size,

@@ -19,6 +19,7 @@ from fastelectra.errors import FastElectraError
 
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+SKIPPED = "skipped.jsonl"  # in a corpus: what was left out
 COMPRESSION_RATIO = 3  # about, of English text
 
 
@@ -179,12 +180,19 @@ def _unless_gone(error: OSError) -> None:
 
 
 def _below(folder: str) -> Iterator[str]:
-    """What lies below a folder, in order, but nothing hidden. Follows no links to folders."""
+    """What lies below a folder, in order, but nothing hidden, and nothing that `prepare` has made.
+
+    What links to folders lead to is named by its real path, once.
+    """
     found = _database("CREATE TABLE found (path BLOB PRIMARY KEY) WITHOUT ROWID")
-    folders = [folder]
-    while folders:
-        path = folders.pop()
+    folders, linked, seen = [folder], [], set()
+    while folders or linked:  # links last: what has a name without them keeps it
+        path = (folders or linked).pop()
+        if os.path.realpath(path) in seen:
+            continue
+        seen.add(os.path.realpath(path))
         tokenizer = os.path.isfile(os.path.join(path, "tokenizer_config.json"))
+        corpus = os.path.isfile(os.path.join(path, "manifest.json"))
         try:
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -192,7 +200,11 @@ def _below(folder: str) -> Iterator[str]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-                    elif not tokenizer and _suffixes(entry.name):  # vocab.txt is no text
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        linked.append(os.path.realpath(entry.path))
+                    elif tokenizer or (corpus and entry.name == SKIPPED):
+                        continue  # vocab.txt is no text
+                    elif _suffixes(entry.name):
                         # sorts folder by folder
                         key = os.fsencode(entry.path).replace(os.sep.encode(), b"\0")
                         found.execute("INSERT OR IGNORE INTO found VALUES (?)", (key,))

@@ -1,6 +1,7 @@
 """The WordPiece tokenizer: trained from text or read from a file, written for Hugging Face."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterable
@@ -23,6 +24,8 @@ from fastelectra.errors import FastElectraError
 
 FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 WORDS_BYTES = 8 << 20  # of all different words to learn from, which takes 60 times as much memory
+MOST_CHARACTERS = 100  # of a word; longer ones become [UNK], as BERT's do
+_TOO_LONG = re.compile(rf"(?<![^ ])[^ ]{{{MOST_CHARACTERS + 1},}}")
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -56,10 +59,12 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     """Train a WordPiece vocabulary of at most `size` entries; the same texts give the same one.
 
     The trainer numbers the continuation pieces (##x) in the order of a randomly seeded hash table
-    and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers.
+    and breaks ties by number. Announcing them as special tokens, sorted, settles the numbers. Its
+    time grows with the square of a word's length: words that cannot be encoded are left out.
     """
     spacing = SpacingTable(_normalizer(lowercase, strip_accents), pre_tokenizers.BertPreTokenizer())
-    texts = _thinned(text.translate(spacing).encode() for text in texts)  # in half the memory
+    words = (_TOO_LONG.sub("", text.translate(spacing)) for text in texts)
+    texts = _thinned(text.encode() for text in words)  # in half the memory
     alphabet, inside = _characters(texts)
     if not alphabet:
         raise FastElectraError("the input has no words to train a vocabulary from")
@@ -164,7 +169,9 @@ def _from_json(text: str, path: Path) -> Tokenizer:
 def build(tokens: list[str], lowercase: bool, strip_accents: bool) -> Tokenizer:
     """BERT's tokenizer over `tokens` in the order of their ids."""
     ids = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer = Tokenizer(
+        models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MOST_CHARACTERS)
+    )
     tokenizer.normalizer = _normalizer(lowercase, strip_accents)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")

@@ -9,7 +9,6 @@ difference. (Its other rows are 0.)
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from fastelectra.config import ModelConfig, config_from_dict
+from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
 from fastelectra.hub import hub_config, read_tokenizer
 from fastelectra.model.hub_names import to_hub
@@ -40,7 +40,7 @@ class Pretrained:
     weights: dict[str, torch.Tensor]  # of the embeddings and the discriminator's encoder, fp32
     head: tuple[torch.Tensor, torch.Tensor] | None  # weight and bias, of a fine-tuned model
     tokenizer: Tokenizer
-    tokenizer_dir: Path
+    tokenizer_files: dict[str, bytes]  # by name: where they came from may be gone at the end
     special: dict[str, int]
 
     def classifier(self, outputs: int, seed: int) -> Classifier:
@@ -70,14 +70,21 @@ def load(path: str) -> Pretrained:
     found = (given / part for part in PARTS if (given / part / "config.json").is_file())
     folder = None if is_run else next(found, None)
     if folder is None:
-        folder = checkpoint.resolve(given)
-        state = checkpoint.read_state(folder)
-        model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
-        vocab_size, tensors, head = state["vocab_size"], checkpoint.read_weights(folder), None
-        tokenizer_dir = folder / checkpoint.TOKENIZER
-    else:
-        model, vocab_size, tensors = read_encoder(folder)
-        head, tokenizer_dir = _read_head(folder, tensors), folder
+        return checkpoint.use(given, _load_checkpoint)
+    model, vocab_size, tensors = read_encoder(folder)
+    return _pretrained(folder, model, vocab_size, tensors, _read_head(folder, tensors), folder)
+
+
+def _load_checkpoint(folder: Path) -> Pretrained:
+    state = checkpoint.read_state(folder)
+    model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
+    tensors, tokenizer_dir = checkpoint.read_weights(folder), folder / checkpoint.TOKENIZER
+    return _pretrained(folder, model, state["vocab_size"], tensors, None, tokenizer_dir)
+
+
+def _pretrained(
+    folder: Path, model: ModelConfig, vocab_size: int, tensors: dict, head, tokenizer_dir: Path
+) -> Pretrained:
     with torch.device("meta"):
         shapes = Classifier(model, vocab_size, 1).state_dict()
     weights = {}
@@ -89,15 +96,16 @@ def load(path: str) -> Pretrained:
         else:
             weights[name] = encoder_tensor(name, parameter.shape, folder, tensors)
     tokenizer, special = read_tokenizer(tokenizer_dir, vocab_size)
-    return Pretrained(folder, model, vocab_size, weights, head, tokenizer, tokenizer_dir, special)
+    files = {name: (tokenizer_dir / name).read_bytes() for name in vocabulary.FILES
+             if (tokenizer_dir / name).is_file()}  # fmt: skip
+    return Pretrained(folder, model, vocab_size, weights, head, tokenizer, files, special)
 
 
 def write(folder: Path, classifier: Classifier, pretrained: Pretrained, task: Task) -> None:
     """Write an ElectraForSequenceClassification with the same outputs, times the task's scale."""
     folder.mkdir()
-    for file in pretrained.tokenizer_dir.glob("*"):
-        if file.name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
-            shutil.copyfile(file, folder / file.name)
+    for name, content in pretrained.tokenizer_files.items():
+        (folder / name).write_bytes(content)
     config = hub_config(
         pretrained.model, "discriminator", pretrained.vocab_size, pretrained.special["pad"]
     )

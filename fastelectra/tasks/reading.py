@@ -5,6 +5,8 @@ of which train and dev of CoLA have none. Some rows of QQP lack columns. MRPC co
 files, or as Microsoft's, of which dev_ids.tsv tells the dev set.
 """
 
+import csv
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,8 @@ from fastelectra.errors import FastElectraError
 from fastelectra.tasks.table import TASKS, Task
 
 HUB = "hub"  # --data
-ENDINGS = (".tsv", ".txt", ".jsonl", ".parquet", "-00000-of-00001.parquet")  # the last: the hub's
+HUBS = "-00000-of-00001.parquet"
+ENDINGS = (".tsv", ".csv", ".txt", ".jsonl", ".parquet", HUBS)
 IDS = ("index", "id", "idx")  # columns that number the examples
 UNSETTLED = "-"  # a label in MNLI on which annotators did not agree: the example is left out
 
@@ -44,8 +47,8 @@ def read_task(task: Task, data: str) -> tuple[Task, dict[str, Split]]:
         if split not in sources:
             names = " or ".join(f"{name}.tsv" for name in task.splits[split])
             raise FastElectraError(
-                f"{data} has no {split} set of {task.name}: expected {names} (or one .jsonl or"
-                " .parquet)" + (f", or in a folder {task.folder}" if task.folder else "")
+                f"{data} has no {split} set of {task.name}: expected {names} (or one .csv,"
+                " .jsonl or .parquet)" + (f", or in a folder {task.folder}" if task.folder else "")
             )
     if task.name == "custom":
         task = _with_labels(task, *sources["train"]())
@@ -91,7 +94,7 @@ def _file_sources(task: Task, data: Path) -> dict:
 
 def _open(task: Task, path: Path) -> tuple[str, list[str], Iterator[Record]]:
     try:
-        readers = {".jsonl": _jsonl, ".parquet": _parquet}
+        readers = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
         names, records = readers.get(path.suffix, _tsv)(task, path)
     except UnicodeDecodeError:
         raise FastElectraError(f"{path} is not UTF-8 text") from None
@@ -111,6 +114,19 @@ def _tsv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     else:
         del rows[0]
     return names, (dict(zip(names, row, strict=False)) for row in rows)
+
+
+def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
+    """With quotation marks, unlike the official TSV files."""
+    text = path.read_bytes().decode("utf-8-sig")
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        records = list(rows)
+    except csv.Error as error:
+        raise FastElectraError(f"{path}, line {rows.reader.line_num}: {error}") from None
+    if not records:
+        raise FastElectraError(f"{path} is empty")
+    return list(rows.fieldnames), iter(records)
 
 
 def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
@@ -245,10 +261,15 @@ def _column(where: str, names: list[str], wanted: tuple[str, ...], required: boo
 
 
 def _is_none(task: Task, value: object) -> bool:
-    """Whether it is no label."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value in (None, "") or (value == UNSETTLED and task.name != "custom")
+    """Whether it is no label. The word NaN is none unless it is one of the classes."""
+    if isinstance(value, str):
+        unsettled = value == UNSETTLED and task.name != "custom"
+        return not value or unsettled or (_is_nan(value) and value not in task.labels)
+    return value is None or _is_nan(value)
+
+
+def _is_nan(value: object) -> bool:
+    return str(value).lower() == "nan"
 
 
 def _text(value: object) -> str:
@@ -278,9 +299,12 @@ def _number(task: Task, value: object, where: str, place: int) -> float:
 def _with_labels(task: Task, where: str, names: Iterable[str], records: Iterator[Record]) -> Task:
     """A custom task with what its training labels say: classes, or numbers with a fraction."""
     column = _column(where, list(names), task.label)
-    values = {_text(r[column]) for r in records if not _is_none(task, r.get(column))}
+    found = (r.get(column) for r in records)
+    values = {_text(v) for v in found if not (type(v) is float and math.isnan(v))} - {""}
+    sound = {value for value in values if not _is_nan(value)}
     try:
-        numbers = [float(value) for value in values]
+        numbers = [float(value) for value in sound]
+        values = sound or values  # beside numbers the word NaN is none either
     except ValueError:
         numbers = []
     if numbers and all(map(math.isfinite, numbers)) and any(value % 1 for value in numbers):

@@ -18,9 +18,10 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,7 @@ from fastelectra.data.shards import file_sha256
 from fastelectra.errors import FastElectraError
 
 Tensors = dict[str, torch.Tensor]  # by parameter name
+T = TypeVar("T")
 
 FORMAT = 1
 KEYS = {  # of state.json, and the type of each
@@ -215,6 +217,8 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
         try:
             verify(folder)
         except FastElectraError as error:
+            if not folder.exists():  # a run at work has a newer one
+                return newest_good(run)
             damaged[folder] = str(error)
         else:
             read_state(folder)
@@ -250,9 +254,24 @@ def resolve(path: str | Path) -> Path:
     if not found:
         raise FastElectraError(
             f"no checkpoint in {path}: expected a folder with {WEIGHTS}, {STATE} and {SUMS},"
-            " or a run folder with complete checkpoints"
+            " or a run folder with complete checkpoints (`fastelectra import` makes one of a folder"
+            " for Hugging Face)"
         )
     return found
+
+
+def use(path: str | Path, read: Callable[[Path], T]) -> T:
+    """`read` the checkpoint that `path` names; a newer one if a run at work removes it meanwhile.
+
+    Raises FastElectraError as `resolve` and `read` do.
+    """
+    while True:
+        folder = resolve(path)
+        try:
+            return read(folder)
+        except FastElectraError:
+            if folder.exists():
+                raise
 
 
 def read_state(folder: Path) -> dict:
@@ -307,7 +326,10 @@ def tidy(run: Path, keep_last: int, keep_every: int = 0) -> None:
     complete = complete_checkpoints(run)
     kept = {p for p in complete if keep_every and _step_of(p) % keep_every == 0}
     kept.update(complete[-keep_last:])
-    for path in (run / "checkpoints").glob("*"):
-        ours = path.name.startswith(_ASIDE) or _STEP_FOLDER.fullmatch(path.name)
-        if ours and path not in kept:
+    for path in list((run / "checkpoints").glob("*")):
+        if _STEP_FOLDER.fullmatch(path.name) and path not in kept:
+            with suppress(OSError):  # who reads it finds all of it, or nothing
+                path.rename(aside_of(path))
+            shutil.rmtree(aside_of(path), ignore_errors=True)
+        elif path.name.startswith(_ASIDE):
             shutil.rmtree(path, ignore_errors=True)

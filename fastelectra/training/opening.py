@@ -29,6 +29,11 @@ def opening(trainer: Trainer) -> list[str]:
         f"batch: {config.training.micro_batch_tokens:,} tokens × {plan.accumulation} micro-batches"
         f" × {process.world} processes = {config.training.batch_tokens:,} tokens a step",
     ]
+    if config.optimizer.warmup_steps >= config.training.steps:
+        lines.append(
+            f"warning: optimizer.warmup_steps = {config.optimizer.warmup_steps:,}, so that these"
+            " steps end before the learning rate has reached its peak"
+        )
     if config.training.tensorboard and importlib.util.find_spec("tensorboard") is None:
         lines.append("TensorBoard: not installed, so without its files (pip install tensorboard)")
     if config.data.google_parity:

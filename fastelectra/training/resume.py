@@ -99,19 +99,22 @@ def _flat(config: dict) -> dict:
 
 def _check_vocabulary(folder: Path, corpus: Corpus) -> None:
     theirs, ours = folder / checkpoint.TOKENIZER, corpus.tokenizer_dir
-    if _vocabulary(theirs) != _vocabulary(ours):
+    if _tokenizer(theirs) != _tokenizer(ours):
         raise FastElectraError(
             f"{corpus.path} was prepared with another tokenizer than {folder}: prepare it with"
             f" --vocab {theirs / 'tokenizer.json'}"
         )
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
+def _tokenizer(folder: Path) -> tuple[dict[str, int], str]:
+    """Its entries, and what it makes of capitals and accents."""
     path = folder / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(path)).get_vocab()
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise FastElectraError(f"cannot read the tokenizer {path}: {error}") from None
+    sample, normalizer = "An É, an e and an é", tokenizer.normalizer
+    return tokenizer.get_vocab(), normalizer.normalize_str(sample) if normalizer else sample
 
 
 def load_weights(model: nn.Module, folder: Path) -> checkpoint.Tensors:

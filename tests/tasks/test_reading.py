@@ -1,5 +1,6 @@
 """Every reader on small files in the official layout, quirks included."""
 
+import csv
 import json
 import sys
 from types import SimpleNamespace
@@ -149,13 +150,18 @@ def check_records(splits):
     assert (splits["test"].labels, splits["test"].ids) == (None, ["3"])
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".parquet", "-00000-of-00001.parquet"])
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet", "-00000-of-00001.parquet"])
 def test_other_formats(tmp_path, kind):
     (tmp_path / "mnli").mkdir()
     for name, records in RECORDS.items():
         path = tmp_path / "mnli" / f"{name}{kind}"
         if kind == ".jsonl":
             path.write_text("".join(f"{json.dumps(record)}\n\n" for record in records))
+        elif kind == ".csv":
+            with open(path, "w", newline="") as file:
+                rows = csv.DictWriter(file, list(records[0]))
+                rows.writeheader()
+                rows.writerows(records)
         else:
             parquet.write_table(pyarrow.Table.from_pylist(records), path)
     check_records(read_task(TASKS["mnli"], str(tmp_path))[1])
@@ -201,6 +207,19 @@ def test_labels_of_a_custom_task(tmp_path):
     task, splits = read_task(custom("a,b", "c"), str(tmp_path))
     assert (task.labels, task.scale, splits["train"].labels) == ((), 2.5, [-1, 0.4])
     assert task.metrics == ("spearman", "pearson")
+
+
+def test_nan_is_no_number_and_no_label_beside_numbers(tmp_path):
+    write_custom(tmp_path, ["x\ty\t1.5", "x\ty\tNaN", "x\ty\t3", "x\ty\tnan"])
+    task, splits = read_task(custom("a,b", "c"), str(tmp_path))
+    assert (task.labels, splits["train"].labels) == ((), [0.5, 1])
+    assert "left out 2 of 4 rows" in splits["train"].left_out
+    write_custom(tmp_path, ["x\ty\t1", "x\ty\tNaN", "x\ty\t0"])
+    task, splits = read_task(custom("a,b", "c"), str(tmp_path))
+    assert (task.labels, splits["dev"].labels) == (("0", "1"), [1, 0])
+    write_custom(tmp_path, ["x\ty\troti", "x\ty\tnan"])  # kinds of bread
+    task, splits = read_task(custom("a,b", "c"), str(tmp_path))
+    assert (task.labels, splits["dev"].labels) == (("nan", "roti"), [1, 0])
 
 
 def test_names_of_a_custom_task_are_not_numbers(tmp_path):
@@ -298,6 +317,8 @@ def test_malformed_files(tmp_path, lines, message):
         ("train.jsonl", b'{"sentence": "a", "label": 1}\n[]\n', "line 2: not a JSON object"),
         ("train.jsonl", b'{"sentence": \n', "line 1: not a JSON object"),
         ("train.parquet", b"PAR1", "cannot read"),
+        ("train.csv", b'sentence,label\na,1\n"b" c,0\n', "line 3: ',' expected after"),
+        ("train.csv", b"sentence,label\n", "is empty"),
         ("dev.tsv", b"sentence\tlabel\na\t1\n", r"has no train set of sst-2: expected train\.tsv"),
     ],
 )

@@ -201,6 +201,16 @@ def test_what_a_resumed_run_may_change_is_told(corpus, trained):
     )
 
 
+def test_data_of_a_tokenizer_that_only_lowers_case(corpus, trained, tmp_path):
+    text, other = Path(__file__).parents[1] / "texts/washington.txt", tmp_path / "other"
+    vocabulary = corpus / "tokenizer/vocab.txt"
+    arguments = ["prepare", str(text), "--out", str(other), "--vocab", str(vocabulary), "--cased"]
+    assert cli.main([*arguments, "--workers", "1"]) == 0
+    fresh = {"init_from": str(trained), "output_dir": str(tmp_path / "new")}
+    with pytest.raises(FastElectraError, match="was prepared with another tokenizer"):
+        find_start(config_with(other, training=fresh), open_corpus(other))
+
+
 def test_data_of_another_tokenizer(corpus, trained, tmp_path):
     text, other = Path(__file__).parents[1] / "texts/washington.txt", tmp_path / "other"
     arguments = ["prepare", str(text), "--out", str(other), "--vocab-size", "1000", "--cased"]

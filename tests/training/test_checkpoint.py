@@ -60,6 +60,34 @@ def test_resolve_takes_a_checkpoint_or_the_newest_complete_one_of_a_run(tmp_path
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000010"]
 
 
+def test_a_run_at_work_may_remove_what_is_read(tmp_path, tokenizer_dir, monkeypatch):
+    run, seen = tmp_path / "run", []
+    write(run, 5, tokenizer_dir)
+
+    def goes_on(folder):
+        write(run, 5 * (len(seen) + 2), tokenizer_dir)
+        checkpoint.tidy(run, keep_last=1)
+        seen.append(folder.name)
+
+    def read(folder):
+        if len(seen) < 3:
+            goes_on(folder)
+        return checkpoint.read_state(folder)["step"]
+
+    assert checkpoint.use(run, read) == 20
+    assert seen == ["step-00000005", "step-00000010", "step-00000015"]
+    verify = checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: (
+        goes_on(folder) if len(seen) < 5 else None, verify(folder)))  # fmt: skip
+    assert checkpoint.newest_good(run) == (checkpoint.checkpoint_folder(run, 30), {})
+
+    def cannot(folder):
+        raise FastElectraError("for another reason")
+
+    with pytest.raises(FastElectraError, match="for another reason"):
+        checkpoint.use(run, cannot)
+
+
 def test_damage_is_noticed_and_an_older_checkpoint_taken(tmp_path, tokenizer_dir, capsys):
     run = tmp_path / "run"
     good, *_ = write(run, 5, tokenizer_dir)
