@@ -40,7 +40,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--data", required=True, metavar="DIR",
-        help=f"folder of the task or of all, .tsv, .jsonl or .parquet; {HUB}: download it",
+        help=f"folder of the task or of all, .tsv, .csv, .jsonl or .parquet; {HUB}: download it",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
