@@ -70,7 +70,7 @@ part environment 30 "$python" "$repo/bench/measure.py"
 xdist=() # compiling the kernels takes many times longer than running them
 has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
-# base and large: several micro-batches to an update, as in a run (base has these, large 64)
+# base and large: several micro-batches to an update, as in a run
 throughput base 100 --size base --tokens-per-step 131072 --rounds 3 --warmup 3 \
   --micro-batch 32768 --block 3 "${peers[@]}" --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile

@@ -188,7 +188,7 @@ def _value(text: str, kind: type | None):
     """What stands behind `=`: JSON, a number as .5, or a bare word."""
     if kind is str and not text.startswith('"'):
         return text
-    for read in (json.loads, float):
+    for read in (json.loads, float) if kind in (int, float) else (json.loads,):
         with suppress(ValueError, RecursionError):
             return read(text)
     return text

@@ -70,12 +70,12 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
             print(EMBEDDINGS_DIFFER, file=sys.stderr)
         electra = _build(networks.model, networks.vocab_size, networks.weights)
         return _pretrained(electra, networks.tokenizer_dir, "generator" in networks.folders)
+    return checkpoint.use(path, lambda folder: _load_checkpoint(folder, generator))
+
+
+def _load_checkpoint(folder: Path, generator: str | Path | None) -> Pretrained:
     if generator:
-        raise FastElectraError(f"{path} has a generator of its own: leave out {generator}")
-    return checkpoint.use(path, _load_checkpoint)
-
-
-def _load_checkpoint(folder: Path) -> Pretrained:
+        raise FastElectraError(f"{folder} has a generator of its own: leave out {generator}")
     electra = _build(*_read_checkpoint(folder))
     return _pretrained(electra, folder / checkpoint.TOKENIZER, electra.generator is not None)
 
@@ -141,12 +141,14 @@ def run_export(args: Namespace) -> int:
 def _export(folder: Path, out: Path) -> None:
     model, vocab_size, weights, objective = _read_checkpoint(folder)
     _, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
+    tokenizer = vocabulary.files(folder / checkpoint.TOKENIZER)  # before a run removes them
     parts = exported_parts(objective.kind)
     try:
         with checkpoint.write_folder(out) as aside:
             for part, (network, architecture) in parts.items():
                 (aside / part).mkdir()
-                vocabulary.copy(folder / checkpoint.TOKENIZER, aside / part)
+                for name, content in tokenizer.items():
+                    (aside / part / name).write_bytes(content)
                 config = hub_config(model, network, vocab_size, special["pad"])
                 text = json.dumps({"architectures": [architecture], **config}, indent=2)
                 (aside / part / "config.json").write_text(text + "\n", encoding="utf-8")

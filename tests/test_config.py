@@ -48,7 +48,8 @@ def test_overrides_are_typed(tmp_path):
         path,
         ["training.steps=1e3", "data.path=my corpus", "optimizer.peak_lr=1",
          "data.mask_fraction=.2", "training.output_dir=5", 'training.wandb_project="a b"',
-         "data.google_parity=true", "deepspeed.zero_optimization.stage=2"],
+         "data.google_parity=true", "deepspeed.zero_optimization.stage=2",
+         "deepspeed.tensorboard.job_name=007"],
     )  # fmt: skip
     assert config.training.steps == 1000
     assert isinstance(config.training.steps, int)
@@ -58,7 +59,9 @@ def test_overrides_are_typed(tmp_path):
     assert config.optimizer.peak_lr == 1.0
     assert isinstance(config.optimizer.peak_lr, float)
     assert config.data.google_parity is True
-    assert config.deepspeed == {"zero_optimization": {"stage": 2}}
+    assert config.deepspeed == {
+        "zero_optimization": {"stage": 2}, "tensorboard": {"job_name": "007"}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

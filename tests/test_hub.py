@@ -175,6 +175,23 @@ def test_a_run_folder_exports_its_newest_checkpoint(tmp_path, corpus):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_export_of_a_checkpoint_that_its_run_removes_meanwhile(tmp_path, corpus, monkeypatch):
+    run, saved = tmp_path / "run", []
+    write_checkpoint(checkpoint.checkpoint_folder(run, 10), corpus, step=10)
+
+    def save(tensors, path, *others):
+        if not saved:
+            write_checkpoint(checkpoint.checkpoint_folder(run, 20), corpus, step=20)
+            checkpoint.tidy(run, keep_last=1)
+        saved.append(path)
+        save_file(tensors, path, *others)
+
+    monkeypatch.setattr("fastelectra.hub.save_file", save)
+    assert fastelectra("export", run, tmp_path / "out") == 0
+    for part in ("discriminator", "generator"):
+        assert (tmp_path / "out" / part / "tokenizer.json").is_file()
+
+
 def test_import_and_export_give_back_the_same_bytes(tmp_path, corpus, exported):
     assert fastelectra("import", exported, "--out", tmp_path / "imported") == 0
     assert fastelectra("export", tmp_path / "imported", tmp_path / "again") == 0
@@ -362,7 +379,7 @@ def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shutil, "copyfile", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     line = refused(capsys, "export", tmp_path / "checkpoint", tmp_path / "new")
     assert line.rstrip().endswith("new: No space left on device")
 

@@ -192,8 +192,9 @@ class _Worker:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
-        self._process.start()
+        process = spawn.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+        process.start()
+        self._process = process  # one that has started, so that it can be ended
         theirs.close()
 
     def _end(self) -> None:

@@ -182,15 +182,17 @@ def _unless_gone(error: OSError) -> None:
 def _below(folder: str) -> Iterator[str]:
     """What lies below a folder, in order, but nothing hidden, and nothing that `prepare` has made.
 
-    What links to folders lead to is named by its real path, once.
+    What links to folders lead to is taken once, by its real path; what the folder itself lies in
+    is not. The order is that of the real paths.
     """
-    found = _database("CREATE TABLE found (path BLOB PRIMARY KEY) WITHOUT ROWID")
-    folders, linked, seen = [folder], [], set()
+    found = _database("CREATE TABLE found (key BLOB PRIMARY KEY, path BLOB) WITHOUT ROWID")
+    folders, linked, seen, root = [folder], [], set(), os.path.realpath(folder)
     while folders or linked:  # links last: what has a name without them keeps it
         path = (folders or linked).pop()
-        if os.path.realpath(path) in seen:
+        real = os.path.realpath(path)
+        if real in seen or (real != root and os.path.commonpath([real, root]) == real):
             continue
-        seen.add(os.path.realpath(path))
+        seen.add(real)
         tokenizer = os.path.isfile(os.path.join(path, "tokenizer_config.json"))
         corpus = os.path.isfile(os.path.join(path, "manifest.json"))
         try:
@@ -200,18 +202,24 @@ def _below(folder: str) -> Iterator[str]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(entry.path)
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                    elif entry.is_symlink() and _is_folder(entry.path):
                         linked.append(os.path.realpath(entry.path))
                     elif tokenizer or (corpus and entry.name == SKIPPED):
                         continue  # vocab.txt is no text
                     elif _suffixes(entry.name):
-                        # sorts folder by folder
-                        key = os.fsencode(entry.path).replace(os.sep.encode(), b"\0")
-                        found.execute("INSERT OR IGNORE INTO found VALUES (?)", (key,))
+                        name = os.path.join(real, entry.name)
+                        key = os.fsencode(name).replace(os.sep.encode(), b"\0")  # folder by folder
+                        values = (key, os.fsencode(entry.path))
+                        found.execute("INSERT OR IGNORE INTO found VALUES (?, ?)", values)
         except OSError as error:
             _unless_gone(error)
-    for (key,) in found.execute("SELECT path FROM found ORDER BY path"):
-        yield os.fsdecode(key.replace(b"\0", os.sep.encode()))
+    for (name,) in found.execute("SELECT path FROM found ORDER BY key"):
+        yield os.fsdecode(name)
+
+
+def _is_folder(path: str) -> bool:
+    about = _about(path)
+    return about is not None and stat.S_ISDIR(about.st_mode)
 
 
 def _suffixes(name: str) -> tuple[str, str] | None:

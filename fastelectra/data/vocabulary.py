@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,7 +66,10 @@ def train(texts: Iterable[str], size: int, lowercase: bool, strip_accents: bool)
     texts = _thinned(text.encode() for text in words)  # in half the memory
     alphabet, inside = _characters(texts)
     if not alphabet:
-        raise FastElectraError("the input has no words to train a vocabulary from")
+        raise FastElectraError(
+            f"the input has no words, of at most {MOST_CHARACTERS} characters, to train a"
+            " vocabulary from"
+        )
     known = [*_SPECIAL.values(), *alphabet, *(f"##{character}" for character in inside)]
     if size < len(known):
         raise FastElectraError(
@@ -212,11 +214,21 @@ def write(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of the files that `write` makes, whatever else may lie there.
+
+    Raises FastElectraError when there is no tokenizer, or it goes meanwhile.
+    """
+    found = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    if not (folder.is_dir() and found.keys() & {"tokenizer.json", "vocab.txt"}):
+        raise FastElectraError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
+    return found
+
+
 def copy(folder: Path, to: Path) -> None:
-    """Copy the files that `write` makes, whatever else may lie there."""
-    for name in FILES:
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, to / name)
+    """Copy these files."""
+    for name, content in files(folder).items():
+        (to / name).write_bytes(content)
 
 
 def load(folder: Path) -> Tokenizer:

@@ -96,8 +96,7 @@ def _pretrained(
         else:
             weights[name] = encoder_tensor(name, parameter.shape, folder, tensors)
     tokenizer, special = read_tokenizer(tokenizer_dir, vocab_size)
-    files = {name: (tokenizer_dir / name).read_bytes() for name in vocabulary.FILES
-             if (tokenizer_dir / name).is_file()}  # fmt: skip
+    files = vocabulary.files(tokenizer_dir)
     return Pretrained(folder, model, vocab_size, weights, head, tokenizer, files, special)
 
 

@@ -118,10 +118,14 @@ def _tsv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
 
 def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     """With quotation marks, unlike the official TSV files."""
-    text = path.read_bytes().decode("utf-8-sig")
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # else 131 072 characters
+    text = path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
+    rows, records = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
     try:
-        records = list(rows)
+        for record in rows:
+            if None in record:
+                raise csv.Error("more fields than the header has; quote texts with commas")
+            records.append(record)
     except csv.Error as error:
         raise FastElectraError(f"{path}, line {rows.reader.line_num}: {error}") from None
     if not records:

@@ -214,21 +214,37 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     damaged = {}
     for folder in reversed(_step_folders(run)):
+        fault = unreadable = None
         try:
             verify(folder)
         except FastElectraError as error:
-            if not folder.exists():  # a run at work has a newer one
-                return newest_good(run)
-            damaged[folder] = str(error)
+            fault = str(error)
         else:
-            read_state(folder)
+            try:
+                read_state(folder)
+            except FastElectraError as error:
+                unreadable = error
+        if _is_gone(folder):  # a run at work has a newer one
+            return newest_good(run)
+        if unreadable:
+            raise unreadable
+        if fault is None:
             return folder, damaged
+        damaged[folder] = fault
     if damaged:
         raise FastElectraError(
             f"all checkpoints of {run} are damaged, the newest: {next(iter(damaged.values()))};"
             f" put one back, or remove {run / 'checkpoints'} to start anew"
         )
     return None, {}
+
+
+def _is_gone(folder: Path) -> bool:
+    """Whether it was removed. A link to nothing, or what cannot be looked into, is still there."""
+    try:
+        return folder.name not in os.listdir(folder.parent)
+    except OSError:
+        return False
 
 
 def set_aside(folder: Path) -> None:
@@ -269,8 +285,8 @@ def use(path: str | Path, read: Callable[[Path], T]) -> T:
         folder = resolve(path)
         try:
             return read(folder)
-        except FastElectraError:
-            if folder.exists():
+        except (FastElectraError, OSError):
+            if not _is_gone(folder):
                 raise
 
 
@@ -327,6 +343,8 @@ def tidy(run: Path, keep_last: int, keep_every: int = 0) -> None:
     kept = {p for p in complete if keep_every and _step_of(p) % keep_every == 0}
     kept.update(complete[-keep_last:])
     for path in list((run / "checkpoints").glob("*")):
+        if path.is_symlink():
+            continue
         if _STEP_FOLDER.fullmatch(path.name) and path not in kept:
             with suppress(OSError):  # who reads it finds all of it, or nothing
                 path.rename(aside_of(path))

@@ -140,10 +140,11 @@ def _precision(user: dict, parsed: DeepSpeedConfig, device: torch.device) -> tup
     """(name, reason): as asked, or what the hardware is fast at."""
     if parsed.float16_config.enabled and device.type == "cpu":
         raise FastElectraError("deepspeed.fp16: training on a CPU takes bf16 or fp32, not fp16")
-    if parsed.torch_autocast_enabled and parsed.torch_autocast_dtype == torch.float16:
+    # None is float16 on GPUs, without any loss scale
+    if parsed.torch_autocast_enabled and parsed.torch_autocast_dtype in (None, torch.float16):
         raise FastElectraError(
-            "deepspeed.torch_autocast.dtype: DeepSpeed clips before it takes the loss scale of"
-            " float16 out, and never lowers it: use bfloat16, or deepspeed.fp16"
+            "deepspeed.torch_autocast.dtype must be bfloat16, named: with float16 DeepSpeed clips"
+            " before it takes the loss scale out, and never lowers it (deepspeed.fp16 does)"
         )
     if any(key in user for key in PRECISIONS):
         chosen = {"fp16": parsed.float16_config.enabled, "bf16": parsed.bfloat16_config.enabled}

@@ -151,6 +151,24 @@ def test_a_worker_may_be_stopped_while_it_is_replaced(corpus, monkeypatch):
     assert not worker._process.is_alive()
 
 
+def test_a_worker_that_cannot_be_replaced_is_one_error(corpus, monkeypatch):
+    monkeypatch.setattr(encoding, "_work", kill_yourself)
+    process = multiprocessing.get_context("spawn").Process
+    start, started = process.start, []
+
+    def few_starts(self):
+        if len(started) == 2:
+            raise BlockingIOError("Resource temporarily unavailable")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(process, "start", few_starts)
+    chunks = [[Piece(0, ["a"], True, True)]] * 9
+    with pytest.raises(BlockingIOError):
+        list(encode_in_order(chunks, corpus.tokenizer_dir, np.dtype("<u2"), 2))
+    assert not any(one.is_alive() for one in started)
+
+
 @pytest.mark.parametrize("kilobytes", [16, 120, 400])
 def test_a_full_disk(kilobytes, program, inputs, tmp_path):
     """A small tmpfs; what is there already stays, and nothing is there that looks whole."""

@@ -147,17 +147,20 @@ class TestFinding:
         assert names(f"{tmp_path}/[ab]") == ["a/1.txt.gz", "b/2.txt"]
         assert names(f"{tmp_path}/b", f"{tmp_path}/b/../b/2.txt") == ["b/2.txt"]
 
-    def test_links_to_folders_are_followed_once(self, tmp_path):
+    def test_links_to_folders_are_followed_once(self, tmp_path, monkeypatch):
         for name in ("in/a/1.txt", "in/z.txt", "out/b/2.txt", "out/3.txt"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text("x")
         for link, target in (("in/0", "in/a"), ("in/y", "out"), ("in/x", "out"), ("out/b/up", "in"),
                              ("in/away", "nowhere"), ("in/loop", "in/loop")):  # fmt: skip
             (tmp_path / link).symlink_to(tmp_path / target)
-        found = [source.path for source in find_sources([f"{tmp_path}/in"])]
-        assert found == [
-            f"{tmp_path}/{n}" for n in ("in/a/1.txt", "in/z.txt", "out/3.txt", "out/b/2.txt")
-        ]
+        (tmp_path / "0.txt").write_text("beside the input")
+        (tmp_path / "in/a/top").symlink_to(tmp_path)
+        texts = ("in/a/1.txt", "in/z.txt", "out/3.txt", "out/b/2.txt")
+        monkeypatch.chdir(tmp_path)
+        for name in ("in", f"{tmp_path}/in"):
+            found = [os.path.realpath(source.path) for source in find_sources([name])]
+            assert found == [f"{tmp_path}/{text}" for text in texts]
 
     def test_what_prepare_has_made_is_no_text(self, tmp_path):
         for name in ("data/a.txt", "data/corpus/manifest.json", "data/corpus/skipped.jsonl",

@@ -318,6 +318,7 @@ def test_malformed_files(tmp_path, lines, message):
         ("train.jsonl", b'{"sentence": \n', "line 1: not a JSON object"),
         ("train.parquet", b"PAR1", "cannot read"),
         ("train.csv", b'sentence,label\na,1\n"b" c,0\n', "line 3: ',' expected after"),
+        ("train.csv", b"sentence,label\na, b,1\n", "line 2: more fields than the header"),
         ("train.csv", b"sentence,label\n", "is empty"),
         ("dev.tsv", b"sentence\tlabel\na\t1\n", r"has no train set of sst-2: expected train\.tsv"),
     ],

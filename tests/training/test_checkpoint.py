@@ -2,11 +2,13 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
 from fastelectra.training import checkpoint
 
@@ -80,6 +82,21 @@ def test_a_run_at_work_may_remove_what_is_read(tmp_path, tokenizer_dir, monkeypa
     monkeypatch.setattr(checkpoint, "verify", lambda folder: (
         goes_on(folder) if len(seen) < 5 else None, verify(folder)))  # fmt: skip
     assert checkpoint.newest_good(run) == (checkpoint.checkpoint_folder(run, 30), {})
+
+    verify_folder = checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda folder: (
+        verify_folder(folder), goes_on(folder) if len(seen) < 7 else None))  # fmt: skip
+    assert checkpoint.newest_good(run) == (checkpoint.checkpoint_folder(run, 40), {})
+
+    def tokenizer(folder):
+        if len(seen) < 9:
+            goes_on(folder)
+        return vocabulary.files(folder / "tokenizer").keys(), (folder / "state.json").read_bytes()
+
+    assert "vocab.txt" in checkpoint.use(run, tokenizer)[0]
+    (run / "checkpoints" / "step-00000999").symlink_to(tmp_path / "on a disk that is not mounted")
+    newest, damaged = checkpoint.newest_good(run)
+    assert (newest.name, len(damaged)) == ("step-00000050", 1)
 
     def cannot(folder):
         raise FastElectraError("for another reason")
@@ -173,13 +190,20 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, tokenizer_dir):
             assert path.stat().st_mode == usual.stat().st_mode, path
 
 
-def test_what_cannot_be_removed_does_not_matter(tmp_path, tokenizer_dir):
-    """As a checkpoint that another program reads over NFS; a link stands in for it."""
+def test_what_cannot_be_removed_does_not_matter(tmp_path, tokenizer_dir, monkeypatch):
+    """As a checkpoint that another program reads over NFS."""
     run = tmp_path / "run"
+    write(run, 1, tokenizer_dir)
     kept, *_ = write(run, 5, tokenizer_dir)
-    (run / "checkpoints" / "step-00000001").symlink_to(tmp_path)
-    checkpoint.tidy(run, keep_last=1)
+    link = run / "checkpoints" / "step-00000003"
+    link.symlink_to(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        checkpoint.tidy(run, keep_last=1)
     assert checkpoint.complete_checkpoints(run) == [kept]
+    assert len(list((run / "checkpoints").iterdir())) == 3
+    checkpoint.tidy(run, keep_last=1)
+    assert sorted((run / "checkpoints").iterdir()) == [link, kept]
 
 
 def test_of_the_tokenizer_its_own_files_are_taken_and_must_have_checksums(tmp_path, tokenizer_dir):
