@@ -192,10 +192,10 @@ class _Worker:
     def _start(self) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
-        process.start()
+        with theirs:
+            process = spawn.Process(target=_work, args=(theirs, *self._arguments), daemon=True)
+            process.start()
         self._process = process  # one that has started, so that it can be ended
-        theirs.close()
 
     def _end(self) -> None:
         self._process.kill()

@@ -119,18 +119,20 @@ def _tsv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
 def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     """With quotation marks, unlike the official TSV files."""
     csv.field_size_limit(2**31 - 1)  # else 131 072 characters
-    text = path.read_bytes().decode("utf-8-sig").lstrip("\r\n")
-    rows, records = csv.DictReader(io.StringIO(text, newline=""), strict=True), []
+    text = path.read_bytes().decode("utf-8-sig")
+    lines, records = csv.reader(io.StringIO(text, newline=""), strict=True), []
     try:
-        for record in rows:
-            if None in record:
+        rows = filter(None, lines)  # but blank lines
+        names = next(rows, [])
+        for row in rows:
+            if len(row) > len(names):
                 raise csv.Error("more fields than the header has; quote texts with commas")
-            records.append(record)
+            records.append(dict(zip(names, row, strict=False)))
     except csv.Error as error:
-        raise FastElectraError(f"{path}, line {rows.reader.line_num}: {error}") from None
+        raise FastElectraError(f"{path}, line {lines.line_num}: {error}") from None
     if not records:
         raise FastElectraError(f"{path} is empty")
-    return list(rows.fieldnames), iter(records)
+    return names, iter(records)
 
 
 def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:

@@ -242,9 +242,10 @@ def newest_good(run: Path) -> tuple[Path | None, dict[Path, str]]:
 def _is_gone(folder: Path) -> bool:
     """Whether it was removed. A link to nothing, or what cannot be looked into, is still there."""
     try:
-        return folder.name not in os.listdir(folder.parent)
-    except OSError:
-        return False
+        folder.lstat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
 
 
 def set_aside(folder: Path) -> None:

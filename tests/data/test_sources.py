@@ -162,6 +162,21 @@ class TestFinding:
             found = [os.path.realpath(source.path) for source in find_sources([name])]
             assert found == [f"{tmp_path}/{text}" for text in texts]
 
+    def test_a_link_that_cannot_be_followed_is_an_error(self, tmp_path, monkeypatch):
+        (tmp_path / "a.txt").write_text("a")
+        (tmp_path / "closed").symlink_to(tmp_path)
+        find_sources([str(tmp_path)])
+        whole = os.stat
+
+        def closed(path, *others, **options):
+            if str(path).endswith("closed"):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return whole(path, *others, **options)
+
+        monkeypatch.setattr(os, "stat", closed)
+        with pytest.raises(PermissionError):
+            find_sources([str(tmp_path)])
+
     def test_what_prepare_has_made_is_no_text(self, tmp_path):
         for name in ("data/a.txt", "data/corpus/manifest.json", "data/corpus/skipped.jsonl",
                      "data/skipped.jsonl"):  # fmt: skip

@@ -159,6 +159,7 @@ def test_other_formats(tmp_path, kind):
             path.write_text("".join(f"{json.dumps(record)}\n\n" for record in records))
         elif kind == ".csv":
             with open(path, "w", newline="") as file:
+                file.write("\n")
                 rows = csv.DictWriter(file, list(records[0]))
                 rows.writeheader()
                 rows.writerows(records)
@@ -207,6 +208,14 @@ def test_labels_of_a_custom_task(tmp_path):
     task, splits = read_task(custom("a,b", "c"), str(tmp_path))
     assert (task.labels, task.scale, splits["train"].labels) == ((), 2.5, [-1, 0.4])
     assert task.metrics == ("spearman", "pearson")
+
+
+def test_texts_of_csv_may_be_long_and_quoted(tmp_path):
+    long = "a\n" * 100_000
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").write_text(f'text,label\n"{long}",0\n"b, ""c""",1\n')
+    splits = read_task(custom("text", "label"), str(tmp_path))[1]
+    assert splits["dev"].texts == [(long,), ('b, "c"',)]
 
 
 def test_nan_is_no_number_and_no_label_beside_numbers(tmp_path):
@@ -318,7 +327,7 @@ def test_malformed_files(tmp_path, lines, message):
         ("train.jsonl", b'{"sentence": \n', "line 1: not a JSON object"),
         ("train.parquet", b"PAR1", "cannot read"),
         ("train.csv", b'sentence,label\na,1\n"b" c,0\n', "line 3: ',' expected after"),
-        ("train.csv", b"sentence,label\na, b,1\n", "line 2: more fields than the header"),
+        ("train.csv", b"\n\nsentence,label\n\na, b,1\n", "line 5: more fields than the header"),
         ("train.csv", b"sentence,label\n", "is empty"),
         ("dev.tsv", b"sentence\tlabel\na\t1\n", r"has no train set of sst-2: expected train\.tsv"),
     ],

@@ -91,9 +91,23 @@ def test_a_run_at_work_may_remove_what_is_read(tmp_path, tokenizer_dir, monkeypa
     def tokenizer(folder):
         if len(seen) < 9:
             goes_on(folder)
-        return vocabulary.files(folder / "tokenizer").keys(), (folder / "state.json").read_bytes()
+        return (folder / "state.json").read_bytes(), vocabulary.files(folder / "tokenizer").keys()
 
-    assert "vocab.txt" in checkpoint.use(run, tokenizer)[0]
+    assert "vocab.txt" in checkpoint.use(run, tokenizer)[1]
+    with monkeypatch.context() as patch:
+        read_bytes = Path.read_bytes
+
+        def one_is_the_last(path):
+            content = read_bytes(path)
+            path.parent.rename(path.parent.with_name("gone"))
+            return content
+
+        (tmp_path / "tokenizer").mkdir()
+        for name in ("tokenizer.json", "vocab.txt"):
+            (tmp_path / "tokenizer" / name).write_text("{}")
+        patch.setattr(Path, "read_bytes", one_is_the_last)
+        with pytest.raises(FastElectraError, match="has no tokenizer"):
+            vocabulary.files(tmp_path / "tokenizer")
     (run / "checkpoints" / "step-00000999").symlink_to(tmp_path / "on a disk that is not mounted")
     newest, damaged = checkpoint.newest_good(run)
     assert (newest.name, len(damaged)) == ("step-00000050", 1)
@@ -101,8 +115,14 @@ def test_a_run_at_work_may_remove_what_is_read(tmp_path, tokenizer_dir, monkeypa
     def cannot(folder):
         raise FastElectraError("for another reason")
 
+    inside = checkpoint.checkpoint_folder(run, 50)
+    monkeypatch.chdir(inside / "tokenizer")
+    for name in (run, inside, inside / "tokenizer/..", ".."):
+        with pytest.raises(FastElectraError, match="for another reason"):
+            checkpoint.use(name, cannot)
+    monkeypatch.chdir(inside)
     with pytest.raises(FastElectraError, match="for another reason"):
-        checkpoint.use(run, cannot)
+        checkpoint.use(".", cannot)
 
 
 def test_damage_is_noticed_and_an_older_checkpoint_taken(tmp_path, tokenizer_dir, capsys):
