@@ -17,8 +17,8 @@ from fastelectra.errors import FastElectraError
 from fastelectra.tasks.table import TASKS, Task
 
 HUB = "hub"  # --data
-HUBS = "-00000-of-00001.parquet"
-ENDINGS = (".tsv", ".csv", ".txt", ".jsonl", ".parquet", HUBS)
+# the last is the hub's
+ENDINGS = (".tsv", ".csv", ".txt", ".jsonl", ".parquet", "-00000-of-00001.parquet")
 IDS = ("index", "id", "idx")  # columns that number the examples
 UNSETTLED = "-"  # a label in MNLI on which annotators did not agree: the example is left out
 
