@@ -4,7 +4,9 @@
 
 Milliseconds and TFLOP/s, forward and backward, and the error of forward without dropout against
 fp32. On a GPU the trainer's own choice is among those of `fastelectra.model.attention`; "torch
-cudnn" is not used by the trainer. On a CPU: the trainer's own beside PyTorch's on padded rows.
+cudnn" is not used by the trainer. "Triton", the trainer's own, also joins the gradients in one
+tensor and sums the bias', which for the others takes `split_qkv` on top, timed with them here. On a
+CPU: the trainer's own beside PyTorch's on padded rows.
 FLOPs are those of two products forward and, as probabilities are computed anew, five backward.
 """
 
@@ -24,7 +26,7 @@ launch.prepare()  # before torch, which reads what it sets
 # ruff: noqa: E402
 import torch
 import torch.nn.functional as F
-from fastelectra.kernels import packed_attention
+from fastelectra.kernels import packed_attention, split_qkv
 from measure import milliseconds, provenance
 
 from fastelectra.config import generator_sizes, load_config
@@ -52,9 +54,10 @@ def padded(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
 
 
 def packed(qkv, boundaries, longest: int, dropout: float) -> torch.Tensor:
-    """The trainer's own on a CPU."""
-    bias = qkv.new_zeros(qkv.shape[1:].numel())
-    return packed_attention(qkv, bias, boundaries, dropout, torch.zeros(1, dtype=torch.int64))
+    """The trainer's own."""
+    bias = qkv.new_zeros(qkv.shape[1:].numel(), requires_grad=True)
+    seed = torch.zeros(1, dtype=torch.int64)
+    return packed_attention(qkv, bias, boundaries, longest, dropout, seed.to(qkv.device))
 
 
 def ways(device: torch.device) -> dict[str, Callable]:
@@ -62,12 +65,18 @@ def ways(device: torch.device) -> dict[str, Callable]:
     if device.type == "cpu":
         return {"packed": packed, "padded": apart(padded)}
     found = {name: way for name, way in BACKENDS.items() if name != "flash-attn 4"}  # no dropout
-    return {name: apart(way) for name, way in (found | {"padded": padded}).items()}
+    ways = {name: apart(way) for name, way in (found | {"padded": padded}).items()}
+    return {"Triton": packed, **ways}
 
 
 def apart(way: Callable) -> Callable:
-    """The same of queries, keys and values in one tensor."""
-    return lambda qkv, *others: way(*qkv.unbind(1), *others)
+    """The same of queries, keys and values in one tensor, to which a bias has been added."""
+
+    def call(qkv, *others):
+        bias = qkv.new_zeros(qkv.shape[1:].numel(), requires_grad=True)
+        return way(*split_qkv(qkv, bias), *others)
+
+    return call
 
 
 def measure(
@@ -89,7 +98,7 @@ def measure(
         for name, way in ways.items():
             row = {"preset": preset, "tokens": tokens, "length": length, "heads": heads,
                    "head_size": width // heads, "way": name}  # fmt: skip
-            row["chosen"] = name == backend(device, qkv.dtype, width // heads, True)
+            row["chosen"] = name == backend(device, qkv.dtype, width // heads, True, False)
             try:
                 row |= timed(way, qkv, layout, model.attention_dropout)
                 with torch.no_grad():

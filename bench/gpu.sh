@@ -71,8 +71,8 @@ xdist=() # compiling the kernels takes many times longer than running them
 has xdist && xdist=(-n 8)
 peers=(--peers natural careful)
 # base and large: several micro-batches to an update, as in a run
-throughput base 100 --size base --tokens-per-step 131072 --rounds 3 --warmup 3 \
-  --micro-batch 32768 --block 3 "${peers[@]}" --profile
+throughput base 120 --size base --tokens-per-step 131072 --rounds 3 --warmup 3 \
+  --micro-batch 32768 --block 3 "${peers[@]}" ours-triton --profile
 throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part tests 150 "$python" -m pytest "${xdist[@]}" "${tests[@]}"

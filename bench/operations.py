@@ -37,7 +37,7 @@ def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2*
     config = load_config(ROOT / "configs" / f"{preset}.json")
     model, tokens = config.model, config.training.micro_batch_tokens
     shape = BatchShape.of(tokens, config.data.max_length, config.data.mask_fraction)
-    narrow, narrow_ffn, _ = generator_sizes(model)
+    narrow, narrow_ffn, few = generator_sizes(model)
     maker = Maker(device, dtype, tokens, shape.masked)
     heads = [
         Maker(device, dtype, tokens, min(rows, most_head_rows))
@@ -52,9 +52,16 @@ def cases(preset: str, device: str, dtype: torch.dtype, most_head_rows: int = 2*
         maker.replace_tokens(),
         maker.replaced_token_loss(model.hidden_size),
     ]
-    for hidden, ffn in ((narrow, narrow_ffn), (model.hidden_size, model.intermediate_size)):
+    networks = (
+        (narrow, narrow_ffn, few),
+        (model.hidden_size, model.intermediate_size, model.heads),
+    )
+    for hidden, ffn, attention_heads in networks:
         found += [
             maker.split_qkv(hidden),
+            maker.packed_attention(
+                hidden, attention_heads, config.data.max_length, model.attention_dropout
+            ),
             maker.dropout_add_layer_norm(hidden, model.dropout),
             maker.bias_gelu(ffn),
         ]
@@ -131,6 +138,16 @@ class Maker:
             return self._random(self.tokens, 3, 1, width), self._random(3 * width)
 
         return self._case("split_qkv", self.tokens, width, make, (0, 6))
+
+    def packed_attention(self, width, heads, length, p):
+        def make():
+            qkv = self._random(self.tokens, 3, heads, width // heads)
+            boundaries = torch.arange(0, self.tokens + 1, length, device=self.device).int()
+            return qkv, self._random(3 * width), boundaries, length, p, self.seed
+
+        case = self._case("packed_attention", self.tokens, width, make, (4, 8))
+        case.flop = 4.0 * self.tokens * length * width, 10.0 * self.tokens * length * width
+        return case
 
     def replace_tokens(self):
         def make():

@@ -1,16 +1,17 @@
-"""Attention within each of the packed sequences, for the CPU; on GPUs FlashAttention does it.
+"""Attention within each of the packed sequences: `flash_attention` on GPUs, loops here on a CPU.
 
-PyTorch's way pads the sequences to rows of one length, holds the [L, L] probabilities of each head
-several times over, and draws the dropout mask one number after another. Here a head's keys and
-values are copied to the cache once and four rows of scores at a time never leave it: no padding,
-nothing of size L² kept, the mask drawn again in backward. Scores are fp32, as FlashAttention's.
+PyTorch's way on a CPU pads the sequences to rows of one length, holds the [L, L] probabilities of
+each head several times over, and draws the dropout mask one number after another. Here a head's
+keys and values are copied to the cache once and four rows of scores at a time never leave it: no
+padding, nothing of size L² kept, the mask drawn again in backward. Scores are fp32, as
+FlashAttention's.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import cpu
+from . import cpu, flash_attention
 from .cpu import INFINITY, LOG2_E, ONE, ZERO, exp2, largest, loop, narrow, random_bits
 from .cpu_matmul import (
     add_product,
@@ -23,7 +24,7 @@ from .cpu_matmul import (
     take_down,
     take_transposed,
 )
-from .dispatch import operation, use_loops
+from .dispatch import fused, operation, use_triton
 from .split_qkv import split_qkv_reference
 
 ROWS = 32  # of scores at a time
@@ -38,18 +39,18 @@ def _probabilities(scores, rows, length, root, lse, first, head, seed, bits, thr
     factor = root * LOG2_E
     for i in range(rows):
         row, scale = first + i, ONE
-        if lse[row, head] == INFINITY:
+        if lse[head, row] == INFINITY:
             top, total = largest(scores[i], length) * factor, ZERO
             for j in range(length):
                 scores[i, j] = exp2(scores[i, j] * factor - top)
                 total += scores[i, j]
-            lse[row, head], scale = top + np.float32(np.log2(total)), ONE / total
+            lse[head, row], scale = top + np.float32(np.log2(total)), ONE / total
         else:
-            shift = lse[row, head]
+            shift = lse[head, row]
             for j in range(length):
                 scores[i, j] = exp2(scores[i, j] * factor - shift)
         if threshold:
-            random_bits(seed, (row * lse.shape[1] + head) * (len(bits) // 4), bits)
+            random_bits(seed, (row * lse.shape[0] + head) * (len(bits) // 4), bits)
             for j in range(length):
                 scores[i, j] *= scale if bits[j] >= threshold else -scale
         else:
@@ -101,9 +102,9 @@ def _fetch(x, item, stop, boundaries, heads, size):
 def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, threshold, scale):
     """Heads start … stop - 1, counted over all sequences: qkv [T, 3 heads d] → out [T, heads d].
 
-    lse [T, heads] comes in as infinity.
+    lse [heads, T] comes in as infinity.
     """
-    heads, longest = lse.shape[1], np.max(np.diff(boundaries))
+    heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = out.shape[1]
     size = width // heads
     queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
@@ -133,7 +134,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
 @loop
 def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
                    block, threshold, scale):  # fmt: skip
-    heads, longest = lse.shape[1], np.max(np.diff(boundaries))
+    heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = d_out.shape[1]
     size = width // heads
     queries, queries_down = operand(qkv, longest, size), operand(qkv, longest, size)
@@ -189,10 +190,18 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
 
 @operation("packed_attention")
 def forward(
-    qkv: torch.Tensor, bias: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
+    qkv: torch.Tensor,
+    bias: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    p: float,
+    seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """→ out [T, heads, d]; log2 of each row's sum of 2^scores [T, heads]."""
+    """→ out [T, heads, d]; log2 of each row's sum of 2^scores [heads, T]."""
     out, lse = _forward_outputs(qkv)
+    if use_triton(qkv):
+        flash_attention.forward(qkv, boundaries, longest, p, seed, out, lse)
+        return out, lse
     lse.fill_(torch.inf)
     boundaries = boundaries.unique_consecutive()  # threads share the sequences that have rows
     work = (
@@ -209,7 +218,8 @@ def forward(
 
 def _forward_outputs(qkv, *_):
     rows, _, heads, size = qkv.shape
-    return qkv.new_empty(rows, heads, size), qkv.new_empty(rows, heads, dtype=torch.float32)
+    lse = qkv.new_empty(heads, rows, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty(rows, heads, size), lse
 
 
 def _heads(qkv, boundaries):
@@ -227,10 +237,14 @@ def backward(
     qkv: torch.Tensor,
     boundaries: torch.Tensor,
     seed: torch.Tensor,
+    out: torch.Tensor,
     lse: torch.Tensor,
+    longest: int,
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ gradients of qkv [T, 3, heads, d] and bias [3 heads d]."""
+    if use_triton(qkv):
+        return flash_attention.backward(d_out, qkv, boundaries, longest, p, seed, out, lse)
     d_qkv = qkv.new_empty(qkv.shape)
     sums = torch.zeros(cpu.parts(), qkv.shape[1:].numel(), dtype=torch.float64)
     boundaries = boundaries.unique_consecutive()
@@ -249,8 +263,8 @@ def backward(
 
 
 def _save(ctx, inputs, output):
-    qkv, _, boundaries, ctx.p, seed = inputs
-    ctx.save_for_backward(qkv, boundaries, seed, output[1])
+    qkv, _, boundaries, ctx.longest, ctx.p, seed = inputs
+    ctx.save_for_backward(qkv, boundaries, seed, *output)
 
 
 forward.register_fake(_forward_outputs)
@@ -258,26 +272,34 @@ backward.register_fake(
     lambda d_out, qkv, *_: (qkv.new_empty(qkv.shape), qkv.new_empty(qkv.shape[1:].numel()))
 )
 forward.register_autograd(
-    lambda ctx, d_out: (*backward(d_out, *ctx.saved_tensors, ctx.p), None, None, None),
+    lambda ctx, d_out: (
+        *backward(d_out, *ctx.saved_tensors, ctx.longest, ctx.p),
+        *(None,) * 4,
+    ),
     _save,
 )
 
 
 def packed_attention(
-    qkv: torch.Tensor, bias: torch.Tensor, boundaries: torch.Tensor, p: float, seed: torch.Tensor
+    qkv: torch.Tensor,
+    bias: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    p: float,
+    seed: torch.Tensor,
 ) -> torch.Tensor:
     """softmax(q kᵀ / √d) v within each sequence: qkv [T, 3, heads, d] → [T, heads, d].
 
     bias [3·heads·d] has been added to qkv, by a product that was given a detached one: it gets its
-    gradient here. boundaries [N + 1] int32: from 0 to T, ascending; a sequence may be empty. p:
-    dropped share of the probabilities, 0 = none. seed [1] int64: of the mask. CPU tensors only.
+    gradient here. boundaries [N + 1] int32: from 0 to T, ascending; a sequence may be empty, and
+    none has more than `longest` rows. p: dropped share of the probabilities, 0 = none. seed [1]
+    int64: of the mask. On a GPU d > 64 spills registers.
     """
-    if use_loops(qkv):
-        return forward(qkv, bias, boundaries, p, seed)[0]
-    return packed_attention_reference(qkv, bias, boundaries, p, seed)
+    arguments = qkv, bias, boundaries, longest, p, seed
+    return forward(*arguments)[0] if fused(qkv) else packed_attention_reference(*arguments)
 
 
-def packed_attention_reference(qkv, bias, boundaries, p, seed):
+def packed_attention_reference(qkv, bias, boundaries, longest, p, seed):
     """`packed_attention` in plain PyTorch; the mask comes from torch's generator."""
     lengths = boundaries.diff().tolist()
     qkv = torch.stack(split_qkv_reference(qkv, bias), 1)

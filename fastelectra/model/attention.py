@@ -12,7 +12,7 @@ from functools import cache
 import torch
 
 from fastelectra.errors import FastElectraError
-from fastelectra.kernels import packed_attention, split_qkv
+from fastelectra.kernels import dispatch, packed_attention, split_qkv
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,30 @@ def attention(
     """softmax(q kᵀ / √d) v within each sequence: [T, 3, heads, d] → [T, heads, d].
 
     `dropout` is the share of attention probabilities dropped; its mask comes from `seed` [1] int64
-    on the CPU, from torch's default generator on GPUs. `bias` [3·heads·d] has been added to qkv, by
-    a product that was given a detached one: it gets its gradient here.
+    if the implementation is ours, else from torch's default generator. `bias` [3·heads·d] has been
+    added to qkv, by a product that was given a detached one: it gets its gradient here.
     """
-    name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0)
-    if name == "packed":
-        return packed_attention(qkv, bias, layout.cu_seqlens, dropout, seed)
+    name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0, dispatch.asked_for_triton())
+    if name not in BACKENDS:
+        return packed_attention(qkv, bias, layout.cu_seqlens, layout.max_length, dropout, seed)
     return BACKENDS[name](*split_qkv(qkv, bias), layout.cu_seqlens, layout.max_length, dropout)
 
 
 def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: float) -> str:
     """The implementation in use, for the start-up report."""
-    return f"attention: {backend(device, dtype, head_size, dropout > 0)}"
+    name = backend(device, dtype, head_size, dropout > 0, dispatch.asked_for_triton())
+    return f"attention: {name}"
 
 
 @cache
-def backend(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """The fastest implementation for this device and type: "packed", or a name in BACKENDS."""
+def backend(
+    device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool, triton: bool
+) -> str:
+    """The implementation for this device and type: one of BACKENDS, or ours by another name."""
     if device.type != "cuda":
-        return choose(None, dtype, head_size, dropout, frozenset())
+        return choose(None, dtype, head_size, dropout, triton, frozenset())
     capability = torch.cuda.get_device_capability(device)
-    return choose(capability, dtype, head_size, dropout, installed())
+    return choose(capability, dtype, head_size, dropout, triton, installed())
 
 
 def choose(
@@ -67,9 +70,10 @@ def choose(
     dtype: torch.dtype,
     head_size: int,
     dropout: bool,
+    triton: bool,
     packages: frozenset[str],
 ) -> str:
-    """The choice itself. `capability` is CUDA's (major, minor), None on CPU.
+    """The choice itself. `capability` is CUDA's (major, minor), None on CPU; triton: asked for.
 
     Raises FastElectraError for a head size that no GPU implementation takes.
     """
@@ -81,7 +85,9 @@ def choose(
             " model.heads so that both networks have a multiple of 8, at most 256"
         )
     if dtype == torch.float32 or capability < (8, 0):
-        return "memory-efficient"  # flash kernels take 16 bit only, from Ampere on
+        return "memory-efficient"  # the others take 16 bit only, from Ampere on
+    if triton and head_size <= 64:  # more takes more registers than there are
+        return "Triton"
     if dropout and "flash-attn 2" in packages:
         return "flash-attn 2"
     new = capability[0] in (9, 10) and head_size in (64, 96, 128)

@@ -109,6 +109,17 @@ def biased(function):
     return call
 
 
+def packed_attention(g, rows, width):
+    """Sequences of short and long lengths from 0 up, of two heads, in `rows` rows."""
+    lengths, left = [], rows
+    while left:
+        lengths.append(min(left, len(lengths) * 17 % 90))
+        left -= lengths[-1]
+    qkv, boundaries = _normal(g, rows, 3, 2, width, scale=2), torch.tensor([0, *lengths])
+    bias = _normal(g, 6 * width, scale=0.1)
+    return [qkv, bias, boundaries.cumsum(0).int(), 90, 0.0, torch.tensor([7])]
+
+
 def linear_cross_entropy_sample(g, rows, width):
     vocabulary = 100 + 5 * width  # one to four tiles, the last one not full
     hidden, weight = _normal(g, rows, width), _normal(g, vocabulary, width, scale=0.4)
@@ -147,6 +158,11 @@ CASES = (
             split_qkv,
             joined(biased(kernels.split_qkv)),
             joined(biased(kernels.split_qkv_reference)),
+        ),
+        "packed_attention": (
+            packed_attention,
+            biased(kernels.packed_attention),
+            biased(kernels.packed_attention_reference),
         ),
         "dropout_add_layer_norm": (
             dropout_add_layer_norm,

@@ -22,27 +22,15 @@ hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 
 
-def packed_attention(g, rows, width):
-    """Sequences of short and long lengths from 0 up, of two heads, in `rows` rows."""
-    lengths, left = [], rows
-    while left:
-        lengths.append(min(left, len(lengths) * 17 % 90))
-        left -= lengths[-1]
-    qkv = torch.randn(rows, 3, 2, width, generator=g, dtype=torch.float64)
-    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
-    bias = 0.1 * torch.randn(6 * width, generator=g, dtype=torch.float64)
-    return [2 * qkv, bias, boundaries, 0.0, torch.tensor([7])]
-
-
 CASES = {
-    "packed_attention": (
-        packed_attention,
-        kernel_cases.biased(kernels.packed_attention),
-        kernel_cases.biased(kernels.packed_attention_reference),
-    ),
-    **{name: kernel_cases.CASES[name]
-       for name in ("bias_gelu", "dropout_add_layer_norm", "chunked_cross_entropy")},
-}  # fmt: skip
+    name: kernel_cases.CASES[name]
+    for name in (
+        "packed_attention",
+        "bias_gelu",
+        "dropout_add_layer_norm",
+        "chunked_cross_entropy",
+    )
+}
 every_op = pytest.mark.parametrize("name", CASES)
 every_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -177,7 +165,7 @@ def test_attention_passes_on_a_score_that_is_not_a_number(which, value):
     seen = []
     for attention in (kernels.packed_attention, kernels.packed_attention_reference):
         with sdpa_kernel(SDPBackend.MATH):  # PyTorch's fast one makes 0 of inf - inf in places
-            out = attention(qkv, torch.zeros(48), boundaries, 0.0, torch.tensor([0]))
+            out = attention(qkv, torch.zeros(48), boundaries, 33, 0.0, torch.tensor([0]))
         seen.append([out.isnan(), torch.autograd.grad(out.square().sum(), qkv)[0].isnan()])
     assert seen[1][0].any()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*seen, strict=True))
@@ -223,7 +211,8 @@ def test_attention_drops_what_philox_says(p, seed):
         return torch.cat(parts)
 
     def actual(qkv):
-        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, p, torch.tensor([seed]))
+        seeds = torch.tensor([seed])
+        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, 18, p, seeds)
 
     for a, e in zip(
         kernel_cases.with_gradients(actual, [qkv]),
@@ -239,8 +228,8 @@ def test_attention_of_extreme_scores():
     qkv[:, 0, 0, 0], qkv[:, 1, 0, 0] = 100, torch.tensor([-100.0, 0.0, 100.0, 99.99])
     qkv[:, 2, 0, 0] = torch.arange(4)
     qkv, bias = qkv.requires_grad_(), torch.zeros(12)
-    out = kernels.packed_attention(qkv, bias, boundaries, 0.0, torch.tensor([0]))
-    expected = kernels.packed_attention_reference(qkv, bias, boundaries, 0.0, None)
+    out = kernels.packed_attention(qkv, bias, boundaries, 4, 0.0, torch.tensor([0]))
+    expected = kernels.packed_attention_reference(qkv, bias, boundaries, 4, 0.0, None)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)  # scores of 5 000
     assert torch.autograd.grad(out.sum(), qkv)[0].isfinite().all()
 

@@ -83,16 +83,19 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
     ],
 )
 def test_choice_of_implementation(capability, dtype, dropout, packages, expected):
-    assert choose(capability, dtype, 64, dropout, packages) == expected
+    assert choose(capability, dtype, 64, dropout, False, packages) == expected
     assert expected in {"packed", *attention.BACKENDS}
+    asked = choose(capability, dtype, 64, dropout, True, packages)
+    assert asked == (expected if expected in ("packed", "memory-efficient") else "Triton")
 
 
 def test_head_sizes_that_no_gpu_takes_are_an_error():
-    assert choose((9, 0), torch.bfloat16, 32, False, BOTH) == "torch flash"  # not flash-attn 4's
+    assert choose((9, 0), torch.bfloat16, 32, False, False, BOTH) == "torch flash"  # not 4's
+    assert choose((9, 0), torch.bfloat16, 96, False, True, BOTH) == "flash-attn 4"  # not Triton's
     for head_size in (20, 264):
         with pytest.raises(FastElectraError, match=f"head size of {head_size}"):
-            choose((8, 0), torch.bfloat16, head_size, True, frozenset())
-        assert choose(None, torch.float32, head_size, True, frozenset()) == "packed"
+            choose((8, 0), torch.bfloat16, head_size, True, False, frozenset())
+        assert choose(None, torch.float32, head_size, True, False, frozenset()) == "packed"
 
 
 def test_description_names_the_implementation_in_use():

@@ -164,10 +164,10 @@ def test_attention_in_three_parts_gives_the_same_gradients(monkeypatch):
         patch.setattr(encoder, "attention", by_autograd)
         expected = losses_and_gradients(tiny(), batches)
 
-    def backend(q, k, v, boundaries, _, dropout):
+    def backend(q, k, v, boundaries, longest, dropout):
         qkv, seed = torch.stack([q, k, v], 1), torch.zeros(1, dtype=torch.int64)
         no_bias = torch.zeros(qkv[0].numel(), dtype=q.dtype)
-        return attention.packed_attention(qkv, no_bias, boundaries, dropout, seed)
+        return attention.packed_attention(qkv, no_bias, boundaries, longest, dropout, seed)
 
     monkeypatch.setattr(attention, "backend", lambda *_: "torch flash")
     monkeypatch.setitem(attention.BACKENDS, "torch flash", backend)

@@ -22,9 +22,7 @@ from fastelectra.model import Electra, encoder
 
 ROOT = Path(__file__).parents[3]
 VOCABULARY = 30_522
-# All but the CPU's attention: on GPUs FlashAttention does it.
 OPERATIONS = {name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__}
-OPERATIONS -= {"packed_attention"}
 # (kernel and types, capability) → bytes a thread. Read in the machine code: `_row` stores a number
 # between its two loops and loads it after the second; `_forward`, without loops, stores and loads a
 # pair once. fp32 on such a GPU is for comparisons.
@@ -54,6 +52,15 @@ def shapes_of_a_batch(config) -> Batch:
     )  # fmt: skip
 
 
+def attention(qkv, layout, dropout, seed, bias):
+    """What both implementations launch, a library's and ours, which takes 16 bit only."""
+    out = sum(kernels.split_qkv(qkv, bias))
+    if qkv.dtype == torch.float32:
+        return out
+    boundaries, longest = layout.cu_seqlens, layout.max_length
+    return out + kernels.packed_attention(qkv, bias, boundaries, longest, dropout, seed)
+
+
 @functools.cache
 def launches(preset, dtype):
     """What training and evaluation of a preset launch, each kernel once."""
@@ -71,9 +78,7 @@ def launches(preset, dtype):
             model.generator_logits(batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            encoder, "attention", lambda qkv, *others: sum(kernels.split_qkv(qkv, others[-1]))
-        )
+        patch.setattr(encoder, "attention", attention)
         return list(dict.fromkeys(aot.record(train_and_evaluate)))
 
 
@@ -87,12 +92,16 @@ def test_the_model_launches_every_op(preset):
     heads = {"flash_cross_entropy", "chunked_cross_entropy"}
     used = {"flash_cross_entropy"} if preset == "small" else {"chunked_cross_entropy"}
     assert found & heads == used
-    assert found - heads == OPERATIONS - {"linear_cross_entropy_sample"} | {"language"}
-    for name in OPERATIONS - {"linear_cross_entropy_sample", "replace_tokens"}:
+    elsewhere = {"linear_cross_entropy_sample", "packed_attention"}
+    assert found - heads == OPERATIONS - elsewhere | {"flash_attention", "language"}
+    for name in OPERATIONS - elsewhere - {"replace_tokens"} | {"flash_attention"}:
         kernel_names = {x.kernel.__name__ for x in launches(preset, torch.bfloat16)
                         if module(x) == name}  # fmt: skip
-        both = {"_forward", "_backward"} if name != "split_qkv" else {"_backward"}  # views
-        assert both <= kernel_names, name
+        others = {  # split_qkv's forward is views
+            "split_qkv": {"_backward"},
+            "flash_attention": {"_forward", "_backward_of_queries", "_backward_of_keys"},
+        }
+        assert others.get(name, {"_forward", "_backward"}) <= kernel_names, name
     evaluated = [dict(x.constants) for x in launches(preset, torch.bfloat16)
                  if module(x) in ("dropout_add_layer_norm", "embed_layer_norm")]  # fmt: skip
     assert {c["THRESHOLD"] == 0 for c in evaluated if "THRESHOLD" in c} == {True, False}

@@ -1,0 +1,349 @@
+"""Attention within packed sequences on GPUs: FlashAttention's algorithm, with a dropout of its own.
+
+Scores are computed block by block and never kept: forward leaves the log-sum-exp of each row, from
+which backward has the probabilities again (Dao et al. 2022). Queries, keys and values are read
+where one product left them, their gradients are written where the next one reads them, along with
+the sums that are the bias' gradient. Backward takes each block of scores twice, once for the
+queries' gradient and once for that of keys and values: seven products instead of five, but each
+program owns what it writes. No atomics, the same bits every time, and no block of probabilities
+leaves the registers for the shared memory.
+
+On a GPU of Hopper's kind a block costs more time outside its products than in them, and Philox
+(`language.dropout`) would cost more than all the rest. `_kept` takes five operations an element.
+"""
+
+import torch
+
+from .language import (
+    LOG2_E,
+    PHILOX_ROUNDS,
+    column_sums,
+    dropout_threshold,
+    jit,
+    power_of_two,
+    tl,
+    upcast,
+)
+
+GOLDEN = tl.constexpr(0x9E3779B1)  # odd, near 2^32 / φ: the counters' step
+
+
+@jit
+def _place(boundaries_ptr, tiles):
+    """First row and length of the program's sequence, and its tile of that."""
+    sequence, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    first = tl.load(boundaries_ptr + sequence)
+    return first, tl.load(boundaries_ptr + sequence + 1) - first, tile
+
+
+@jit
+def _rows(ptr, row, length, step, D: tl.constexpr, BD: tl.constexpr,
+          CUT: tl.constexpr):  # fmt: skip
+    """Rows row [·] of a head [·, BD]; zeros beyond `length`, which only what is CUT may reach."""
+    d = tl.arange(0, BD)
+    at = row[:, None] * step + d[None, :]
+    if CUT:
+        return tl.load(ptr + at, (row < length)[:, None] & (d < D)[None, :], 0.0)
+    if BD == D:
+        return tl.load(ptr + at)
+    return tl.load(ptr + at, (d < D)[None, :], 0.0)
+
+
+@jit
+def _write(ptr, sums_ptr, x, row, length, step, D: tl.constexpr, BD: tl.constexpr):
+    """Gradients x [·, BD] of rows row [·] of a head to their place; their sum over the rows."""
+    d = tl.arange(0, BD)
+    inside = (row < length)[:, None] & (d < D)[None, :]
+    x = tl.where(inside, x, 0.0)
+    tl.store(ptr + row[:, None] * step + d[None, :], x.to(ptr.dtype.element_ty), inside)
+    tl.store(sums_ptr + d, tl.sum(x, 0), d < D)
+
+
+@jit
+def _product(a, b, ACC: tl.constexpr):
+    return tl.dot(a, b, input_precision="ieee", out_dtype=ACC)
+
+
+@jit
+def _keys_of_mask(seed_ptr, head):
+    """Three random 32-bit numbers of a seed and a head."""
+    a, b, c, _ = tl.randint4x(tl.load(seed_ptr), head, PHILOX_ROUNDS)
+    return a.to(tl.uint32), b.to(tl.uint32), c.to(tl.uint32)
+
+
+@jit
+def _counters(first, query, stride, start):
+    """Part of a counter that comes from query [·], a place in the sequence."""
+    return (first + (query & -9)).to(tl.uint32) * (stride.to(tl.uint32) * GOLDEN) + start
+
+
+@jit
+def _more(key):
+    """Part of a counter that comes from key [·], a place in the sequence."""
+    return (key & -9).to(tl.uint32) * GOLDEN
+
+
+@jit
+def _kept(counter, query, key, first_mix, second_mix, THRESHOLD: tl.constexpr):
+    """Which probabilities stay: where a random 32-bit number is ≥ THRESHOLD.
+
+    A number is a counter, mixed by two rounds of xor-shift and multiply (as SplitMix, Steele et al.
+    2014), keyed before each. Four elements have one counter, those whose query and key differ in
+    bit 3 only, which one thread holds in either orientation of the scores; each multiplies it by a
+    factor of its own at last. counter, query, key: of shapes that broadcast to that of the scores.
+    """
+    x = counter ^ (counter >> 16) ^ first_mix
+    x *= 0x85EBCA6B
+    x = x ^ (x >> 15) ^ second_mix
+    near = tl.where((key & 8) == 0, 0xC2B2AE35, 0x27D4EB2F).to(tl.uint32)
+    far = tl.where((key & 8) == 0, 0x165667B1, 0xD3A2646D).to(tl.uint32)
+    return x * tl.where((query & 8) == 0, near, far) >= THRESHOLD
+
+
+@jit
+def _one_more_block(
+    q, query, top, total, out, qkv_ptr, start, length, width, nothing, counter, first_mix,
+    second_mix, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """Maximum, sum of exponentials and weighted values of queries, after BK more keys."""
+    key = start + tl.arange(0, BK)
+    k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, CUT)
+    v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, CUT)
+    scores = _product(q, tl.trans(k), out.dtype)
+    if CUT:
+        scores = tl.where((key < length)[None, :], scores, -float("inf"))
+    higher = tl.maximum(top, tl.max(scores, 1) * FACTOR)
+    p = tl.exp2(scores * FACTOR - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(p, 1)
+    if THRESHOLD:
+        counters = counter[:, None] + _more(key)[None, :]
+        place = tl.arange(0, BK)
+        kept = _kept(counters, query[:, None], place[None, :], first_mix, second_mix, THRESHOLD)
+        p = tl.where(kept, p, nothing)
+    out = out * shrink[:, None]
+    out = tl.dot(p.to(v.dtype), v, out, input_precision="ieee", out_dtype=out.dtype)
+    return higher, total, out
+
+
+@jit
+def _forward(
+    qkv_ptr, boundaries_ptr, seed_ptr, out_ptr, lse_ptr, rows, width, tiles, stride,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """BQ queries of a head: their output and log-sum-exp."""
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    first, length, tile = _place(boundaries_ptr, tiles)
+    if tile * BQ >= length:
+        return
+    head = tl.program_id(1)
+    # 0, which the compiler does not know: else it selects between 16-bit numbers, one by one
+    nothing = tl.minimum(first, 0).to(ACC)
+    qkv_ptr += first.to(tl.int64) * (3 * width) + head * D
+    out_ptr += first.to(tl.int64) * width + head * D
+    place = tl.arange(0, BQ)
+    query = tile * BQ + place
+    q = _rows(qkv_ptr, query, length, 3 * width, D, BD, True)
+    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
+    counter = _counters(first, query, stride, start_of_counters)
+    top = tl.full([BQ], -float("inf"), ACC)
+    total = tl.zeros([BQ], ACC)
+    out = tl.zeros([BQ, BD], ACC)
+    whole = length // BK * BK
+    for cut in tl.static_range(2):  # whole blocks, then what is left
+        for start in range(cut * whole, length if cut else whole, BK):
+            top, total, out = _one_more_block(
+                q, place, top, total, out, qkv_ptr, start, length, width, nothing,
+                counter, first_mix, second_mix, D, BD, BK, FACTOR, THRESHOLD, cut,
+            )  # fmt: skip
+    d = tl.arange(0, BD)
+    inside = (query < length)[:, None] & (d < D)[None, :]
+    out = (out * (SCALE / total)[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + query[:, None] * width + d[None, :], out, inside)
+    tl.store(lse_ptr + head * rows + first + query, top + tl.log2(total), query < length)
+
+
+@jit
+def _slope_of_queries(
+    q, d_out, query, lse, delta, dq, qkv_ptr, start, length, width, nothing, counter, first_mix,
+    second_mix, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """Gradient of queries, not yet divided by √d, after BK more keys."""
+    key = start + tl.arange(0, BK)
+    k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, CUT)
+    v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, CUT)
+    p = tl.exp2(_product(q, tl.trans(k), dq.dtype) * FACTOR - lse[:, None])
+    if CUT:
+        p = tl.where((key < length)[None, :], p, 0.0)
+    dp = _product(d_out, tl.trans(v), dq.dtype)
+    if THRESHOLD:
+        counters = counter[:, None] + _more(key)[None, :]
+        place = tl.arange(0, BK)
+        kept = _kept(counters, query[:, None], place[None, :], first_mix, second_mix, THRESHOLD)
+        dp = tl.where(kept, dp, nothing)
+    ds = (p * (dp * SCALE - delta[:, None])).to(k.dtype)
+    return tl.dot(ds, k, dq, input_precision="ieee", out_dtype=dq.dtype)
+
+
+@jit
+def _backward_of_queries(
+    d_out_ptr, qkv_ptr, boundaries_ptr, seed_ptr, out_ptr, lse_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
+    rows, width, tiles, stride,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Gradient of BQ queries of a head; leaves each row's d_out · out in memory."""
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    first, length, tile = _place(boundaries_ptr, tiles)
+    head = tl.program_id(1)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (3 * width) + head * D
+    if tile * BQ >= length:
+        tl.store(sums_ptr + tl.arange(0, BD), tl.zeros([BD], ACC), tl.arange(0, BD) < D)
+        return
+    nothing = tl.minimum(first, 0).to(ACC)  # as in _forward
+    qkv_ptr += first.to(tl.int64) * (3 * width) + head * D
+    d_qkv_ptr += first.to(tl.int64) * (3 * width) + head * D
+    d_out_ptr += first.to(tl.int64) * width + head * D
+    out_ptr += first.to(tl.int64) * width + head * D
+    place = tl.arange(0, BQ)
+    query = tile * BQ + place
+    q = _rows(qkv_ptr, query, length, 3 * width, D, BD, True)
+    d_out = _rows(d_out_ptr, query, length, width, D, BD, True)
+    out = _rows(out_ptr, query, length, width, D, BD, True)
+    delta = tl.sum(upcast(d_out) * upcast(out), 1)
+    at = head * rows + first + query
+    tl.store(delta_ptr + at, delta, query < length)
+    lse = tl.load(lse_ptr + at, query < length, 0.0)
+    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
+    counter = _counters(first, query, stride, start_of_counters)
+    dq = tl.zeros([BQ, BD], ACC)
+    whole = length // BK * BK
+    for cut in tl.static_range(2):  # whole blocks, then what is left
+        for start in range(cut * whole, length if cut else whole, BK):
+            dq = _slope_of_queries(
+                q, d_out, place, lse, delta, dq, qkv_ptr, start, length, width, nothing,
+                counter, first_mix, second_mix, D, BD, BK, FACTOR, SCALE, THRESHOLD, cut,
+            )  # fmt: skip
+    _write(d_qkv_ptr, sums_ptr, dq * ROOT, query, length, 3 * width, D, BD)
+
+
+@jit
+def _slopes_of_keys(
+    k, v, key, more, dk, dv, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first, length, width,
+    stride, nothing, first_mix, second_mix, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys, not yet divided by √d, and values, not yet scaled, after BQ more queries.
+
+    Scores are [keys, queries] here: the products take them so.
+    """
+    query = start + tl.arange(0, BQ)
+    q = _rows(q_ptr, query, length, 3 * width, D, BD, CUT)
+    d_out = _rows(d_out_ptr, query, length, width, D, BD, CUT)
+    if CUT:  # where there is no query, q and d_out are 0, and so is all that follows
+        lse = tl.load(lse_ptr + query, query < length, 0.0)
+        delta = tl.load(delta_ptr + query, query < length, 0.0)
+    else:
+        lse, delta = tl.load(lse_ptr + query), tl.load(delta_ptr + query)
+    p = tl.exp2(_product(k, tl.trans(q), dk.dtype) * FACTOR - lse[None, :])
+    dp = _product(v, tl.trans(d_out), dk.dtype)
+    weights = p
+    if THRESHOLD:
+        counters = _counters(first, query, stride, 0)[None, :] + more[:, None]
+        place = tl.arange(0, BQ)
+        kept = _kept(counters, place[None, :], key[:, None], first_mix, second_mix, THRESHOLD)
+        weights = tl.where(kept, p, nothing)
+        dp = tl.where(kept, dp, nothing)
+    dv = tl.dot(weights.to(q.dtype), d_out, dv, input_precision="ieee", out_dtype=dk.dtype)
+    ds = (p * (dp * SCALE - delta[None, :])).to(q.dtype)
+    return tl.dot(ds, q, dk, input_precision="ieee", out_dtype=dk.dtype), dv
+
+
+@jit
+def _backward_of_keys(
+    d_out_ptr, qkv_ptr, boundaries_ptr, seed_ptr, lse_ptr, delta_ptr, d_qkv_ptr, sums_ptr,
+    rows, width, tiles, stride,
+    D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    FACTOR: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """Gradients of BK keys and values of a head."""
+    ACC: tl.constexpr = lse_ptr.dtype.element_ty
+    first, length, tile = _place(boundaries_ptr, tiles)
+    head = tl.program_id(1)
+    sums_ptr += tl.program_id(0).to(tl.int64) * (3 * width) + head * D
+    if tile * BK >= length:
+        d = tl.arange(0, BD)
+        tl.store(sums_ptr + width + d, tl.zeros([BD], ACC), d < D)
+        tl.store(sums_ptr + 2 * width + d, tl.zeros([BD], ACC), d < D)
+        return
+    nothing = tl.minimum(first, 0).to(ACC)  # as in _forward
+    qkv_ptr += first.to(tl.int64) * (3 * width) + head * D
+    d_qkv_ptr += first.to(tl.int64) * (3 * width) + head * D
+    d_out_ptr += first.to(tl.int64) * width + head * D
+    lse_ptr += head * rows + first
+    delta_ptr += head * rows + first
+    place = tl.arange(0, BK)
+    key = tile * BK + place
+    k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, True)
+    v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, True)
+    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
+    more = _more(key) + start_of_counters
+    dk = tl.zeros([BK, BD], ACC)
+    dv = tl.zeros([BK, BD], ACC)
+    whole = length // BQ * BQ
+    for cut in tl.static_range(2):  # whole blocks, then what is left
+        for start in range(cut * whole, length if cut else whole, BQ):
+            dk, dv = _slopes_of_keys(
+                k, v, place, more, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
+                length, width, stride, nothing, first_mix, second_mix,
+                D, BD, BQ, FACTOR, SCALE, THRESHOLD, cut,
+            )  # fmt: skip
+    _write(d_qkv_ptr + width, sums_ptr + width, dk * ROOT, key, length, 3 * width, D, BD)
+    _write(d_qkv_ptr + 2 * width, sums_ptr + 2 * width, dv * SCALE, key, length, 3 * width, D, BD)
+
+
+def _cut(qkv, boundaries, longest: int) -> tuple[int, int, tuple, tuple]:
+    """Rows of a program's tile, its warps (16 rows of scores for each), the grid, and sizes."""
+    rows, _, heads, size = qkv.shape
+    most = 128 if qkv.element_size() == 2 else 32
+    tile = min(most, max(16, power_of_two(longest)))
+    tiles = -(-longest // tile)
+    sizes = rows, heads * size, tiles, max(16, power_of_two(longest))
+    return tile, max(4, tile // 16), ((len(boundaries) - 1) * tiles, heads), sizes
+
+
+def _constants(qkv: torch.Tensor, p: float) -> dict:
+    size, threshold = qkv.shape[3], dropout_threshold(p)
+    return {
+        "D": size, "BD": max(16, power_of_two(size)), "FACTOR": LOG2_E.value * size**-0.5,
+        "SCALE": 2**32 / (2**32 - threshold), "THRESHOLD": threshold,
+    }  # fmt: skip
+
+
+def forward(qkv, boundaries, longest: int, p: float, seed, out, lse) -> None:
+    """Fill out [T, heads, d] and lse [heads, T], base 2, of qkv [T, 3, heads, d]."""
+    tile, warps, grid, sizes = _cut(qkv, boundaries, longest)
+    _forward[grid](
+        qkv, boundaries, seed, out, lse, *sizes,
+        BQ=tile, BK=min(tile, 64), **_constants(qkv, p), num_warps=warps, num_stages=2,
+    )  # fmt: skip
+
+
+def backward(d_out, qkv, boundaries, longest: int, p: float, seed, out, lse):
+    """→ gradients of qkv [T, 3, heads, d] and bias [3·heads·d]."""
+    d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
+    tile, warps, grid, sizes = _cut(qkv, boundaries, longest)
+    sums = lse.new_empty(grid[0], qkv.shape[1:].numel())
+    constants = _constants(qkv, p) | {"ROOT": qkv.shape[3] ** -0.5}
+    _backward_of_queries[grid](
+        d_out, qkv, boundaries, seed, out, lse, delta, d_qkv, sums, *sizes,
+        BQ=tile, BK=min(tile, 32), **constants, num_warps=warps, num_stages=3,
+    )  # fmt: skip
+    _backward_of_keys[grid](
+        d_out, qkv, boundaries, seed, lse, delta, d_qkv, sums, *sizes,
+        BQ=min(tile, 32), BK=tile, **constants, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    return d_qkv, column_sums(sums, qkv.dtype)

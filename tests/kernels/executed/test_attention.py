@@ -1,0 +1,149 @@
+"""Triton's attention over packed sequences: its dropout mask, many blocks, scores of any size."""
+
+import kernel_cases
+import numpy as np
+import philox
+import pytest
+import torch
+
+from fastelectra import kernels
+
+LENGTHS = (18, 0, 7, 130, 66)  # one block of 16 bit and more, whole and cut
+LONGEST = 140
+HEADS, SIZE = 2, 12
+
+
+def random_numbers(first, queries, keys, stride, seed, head):
+    """The 32-bit number of each query and key [queries, keys] of a sequence that begins there."""
+    u32 = np.uint32
+    start, first_mix, second_mix, _ = philox.philox(seed, head).astype(u32)
+    query, key = np.arange(queries, dtype=u32)[:, None], np.arange(keys, dtype=u32)[None]
+    counter = (u32(first) + (query & ~u32(8))) * u32(stride) + (key & ~u32(8))
+    x = counter * u32(0x9E3779B1) + start
+    x ^= (x >> u32(16)) ^ first_mix
+    x *= u32(0x85EBCA6B)
+    x ^= (x >> u32(15)) ^ second_mix
+    factors = np.array([[0xC2B2AE35, 0x27D4EB2F], [0x165667B1, 0xD3A2646D]], u32)
+    return x * factors[query >> u32(3) & u32(1), key >> u32(3) & u32(1)]
+
+
+def with_mask(p, seed):
+    """Attention as PyTorch writes it, with the mask that the numbers make."""
+
+    def call(qkv, bias):
+        qkv = qkv + bias.view(qkv.shape[1:])
+        parts, first = [], 0
+        for length in LENGTHS:
+            q, k, v = qkv[first : first + length].transpose(0, 2).unbind(1)
+            probabilities = (q @ k.transpose(1, 2) / SIZE**0.5).softmax(2)
+            numbers = [random_numbers(first, length, length, 256, seed, h) for h in range(HEADS)]
+            kept = torch.from_numpy(np.stack(numbers) >= np.uint32(int(p * 2**32)))
+            mask = kept.to(qkv) * (2**32 / (2**32 - int(p * 2**32)))
+            parts.append(((probabilities * mask) @ v).transpose(0, 1))
+            first += length
+        return torch.cat(parts)
+
+    return call
+
+
+def ours(p, seed):
+    boundaries, seeds = kernel_cases.placed(
+        torch.tensor([0, *LENGTHS]).cumsum(0).int(), torch.tensor([seed])
+    )
+
+    def call(qkv, bias):
+        products = qkv + bias.detach().view(qkv.shape[1:])
+        return kernels.packed_attention(products, bias, boundaries, LONGEST, p, seeds)
+
+    return call
+
+
+def inputs(dtype):
+    g = torch.Generator().manual_seed(0)
+    shapes = (sum(LENGTHS), 3, HEADS, SIZE), (3 * HEADS * SIZE,)
+    made = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
+    return [kernel_cases.convert(value.requires_grad_(), dtype) for value in made]
+
+
+@pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
+def test_drops_what_the_counters_say(p, seed):
+    made = inputs(kernel_cases.EXACT)
+    for a, e in zip(
+        kernel_cases.with_gradients(ours(p, seed), made),
+        kernel_cases.with_gradients(with_mask(p, seed), made),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, **kernel_cases.CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_error_in_16_bits_is_at_most_twice_that_of_pytorch(p, dtype):
+    made = inputs(dtype)
+    exact = [kernel_cases.convert(value, torch.float64) for value in made]
+    found = (
+        kernel_cases.with_gradients(way(p, 5), values)
+        for way, values in ((with_mask, exact), (with_mask, made), (ours, made))
+    )
+    for truth, plain, fused in zip(*found, strict=True):
+        allowed = 2 * (plain.double() - truth).norm() + 1e-6 * truth.norm()
+        assert (fused.double() - truth).norm() <= allowed
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_numbers_are_independent(p):
+    """Shares and pairs of neighbours, of the four of one counter, of heads and of seeds."""
+    drops, size = [], (1024, 512)
+    for seed, head in ((1, 0), (1, 1), (2, 0)):
+        drops.append(random_numbers(0, *size, 512, seed, head) < np.uint32(int(p * 2**32)))
+    error = 5 * (p * (1 - p) / drops[0].size) ** 0.5
+    assert all(abs(drop.mean() - p) < error for drop in drops)
+    pairs = [(drops[0], other) for other in drops[1:]]
+    for down in range(10):
+        for right in range(-9, 10):
+            if (down, right) > (0, 0):
+                there = drops[0][down:, max(0, right) : size[1] + min(0, right)]
+                here = drops[0][: size[0] - down, max(0, -right) : size[1] - max(0, right)]
+                pairs.append((here, there))
+    four = drops[0].reshape(64, 2, 8, 32, 2, 8)
+    places = [(a, b) for a in range(2) for b in range(2)]
+    together = [four[:, a, :, :, b] for a, b in places]
+    pairs += [(x, y) for n, x in enumerate(together) for y in together[:n]]
+    for x, y in pairs:
+        both = (x & y).mean()
+        assert abs(both - p * p) < 5 * (p * p * (1 - p * p) / x.size) ** 0.5
+
+
+def test_scores_of_any_size():
+    """A row whose scores are all far below 0 is no row of zeros: those lie beyond the sequence."""
+    (boundaries,) = kernel_cases.placed(torch.tensor([0, 4, 9], dtype=torch.int32))
+    qkv = torch.zeros(9, 3, 1, 16, dtype=kernel_cases.EXACT)
+    qkv[:, 0, 0, 0] = 100
+    qkv[:4, 1, 0, 0] = torch.tensor([-100.0, 0.0, 100.0, 99.99])
+    qkv[4:, 1, 0, 0] = torch.tensor([-100.0, -99.99, -120.0, -99.98, -99.99])
+    qkv[:, 2, 0] = torch.arange(9 * 16).view(9, 16) / 100
+    (qkv,) = kernel_cases.placed(qkv)
+    bias, (seed,) = qkv.new_zeros(48), kernel_cases.placed(torch.tensor([0]))
+    qkv.requires_grad_()
+    for p in (0.0, 0.1):
+        out = kernels.packed_attention(qkv, bias, boundaries, 5, p, seed)
+        (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+        assert gradient.isfinite().all()
+    out = kernels.packed_attention(qkv, bias, boundaries, 5, 0.0, seed)
+    (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+    expected = kernels.packed_attention_reference(qkv, bias, boundaries, 5, 0.0, None)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), qkv)
+    torch.testing.assert_close(out, expected, **kernel_cases.CLOSE)
+    torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_passes_on_what_is_not_a_number(which):
+    qkv, bias = inputs(torch.float32)
+    with torch.no_grad():
+        qkv[30, which, 0, 0] = torch.nan  # of the fourth sequence
+    out = ours(0.1, 3)(qkv, bias)
+    rows = {0: slice(30, 31), 1: slice(25, 155), 2: slice(25, 155)}[which]
+    wrong = out.isnan().flatten(1).any(1)
+    assert wrong[rows].all()
+    assert wrong.sum() == len(wrong[rows])
