@@ -305,13 +305,18 @@ def _backward_of_keys(
     _write(d_qkv_ptr + 2 * width, sums_ptr + 2 * width, dv * SCALE, key, length, 3 * width, D, BD)
 
 
+def stride(longest: int) -> int:
+    """Counters of the mask for a row, of sequences of up to `longest` keys."""
+    return max(16, power_of_two(longest))
+
+
 def _cut(qkv, boundaries, longest: int) -> tuple[int, int, tuple, tuple]:
     """Rows of a program's tile, its warps (16 rows of scores for each), the grid, and sizes."""
     rows, _, heads, size = qkv.shape
     most = 128 if qkv.element_size() == 2 else 32
     tile = min(most, max(16, power_of_two(longest)))
     tiles = -(-longest // tile)
-    sizes = rows, heads * size, tiles, max(16, power_of_two(longest))
+    sizes = rows, heads * size, tiles, stride(longest)
     return tile, max(4, tile // 16), ((len(boundaries) - 1) * tiles, heads), sizes
 
 

@@ -31,14 +31,29 @@ ROWS = 32  # of scores at a time
 
 
 @loop
-def _probabilities(scores, rows, length, root, lse, first, head, seed, bits, threshold):
+def _weigh(row, length, scale, counter, query, mix, threshold):
+    """Multiply length probabilities by scale, by -scale where flash_attention._kept drops them."""
+    even = np.uint32(0xC2B2AE35 if query & 8 == 0 else 0x165667B1)
+    odd = np.uint32(0x27D4EB2F if query & 8 == 0 else 0xD3A2646D)
+    for j in range(length):
+        x = np.uint32(counter + np.uint32(np.uint32(j & -9) * np.uint32(0x9E3779B1)))
+        x = x ^ (x >> np.uint32(16)) ^ mix[1]
+        x = np.uint32(x * np.uint32(0x85EBCA6B))
+        x = x ^ (x >> np.uint32(15)) ^ mix[2]
+        x = np.uint32(x * (even if j & 8 == 0 else odd))
+        row[j] *= scale if x >= threshold else -scale
+
+
+@loop
+def _probabilities(scores, rows, length, root, lse, first, place, head, mix, stride, threshold):
     """Products of queries and keys [rows, length] → probabilities, those to drop negative.
 
-    An infinite lse is computed.
+    first: of the sequence; place: of the first query in it. An infinite lse is computed.
     """
     factor = root * LOG2_E
     for i in range(rows):
-        row, scale = first + i, ONE
+        query, scale = place + i, ONE
+        row = first + query
         if lse[head, row] == INFINITY:
             top, total = largest(scores[i], length) * factor, ZERO
             for j in range(length):
@@ -50,9 +65,8 @@ def _probabilities(scores, rows, length, root, lse, first, head, seed, bits, thr
             for j in range(length):
                 scores[i, j] = exp2(scores[i, j] * factor - shift)
         if threshold:
-            random_bits(seed, (row * lse.shape[0] + head) * (len(bits) // 4), bits)
-            for j in range(length):
-                scores[i, j] *= scale if bits[j] >= threshold else -scale
+            counter = np.uint32((first + (query & -9)) * stride * 0x9E3779B1 + mix[0])
+            _weigh(scores[i], length, scale, counter, query, mix, threshold)
         else:
             for j in range(length):
                 scores[i, j] *= scale
@@ -99,7 +113,7 @@ def _fetch(x, item, stop, boundaries, heads, size):
 
 
 @loop
-def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, threshold, scale):
+def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, threshold, scale):
     """Heads start … stop - 1, counted over all sequences: qkv [T, 3 heads d] → out [T, heads d].
 
     lse [heads, T] comes in as infinity.
@@ -110,11 +124,12 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
     queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
     values, room = operand(qkv, longest, size), operand(qkv, ROWS, longest)
     p, total = operand(lse, ROWS, longest), operand(lse, ROWS, size)
-    bits = np.empty(block, np.uint32)
+    mix = np.empty(4, np.uint32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
         column = head * size
+        random_bits(seed, head, mix)
         take_along(queries, qkv, length, size, first, column)
         take_transposed(keys, qkv, length, size, first, width + column)
         take_down(values, qkv, length, size, first, 2 * width + column)
@@ -122,7 +137,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(p, rows, length, root, lse, first + o, head, seed, bits, threshold)
+            _probabilities(p, rows, length, root, lse, first, o, head, mix, stride, threshold)
             for i in range(rows):
                 for j in range(length):
                     p[i, j] = ZERO if p[i, j] < ZERO else p[i, j]  # a NaN stays
@@ -133,7 +148,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, block, thr
 
 @loop
 def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
-                   block, threshold, scale):  # fmt: skip
+                   stride, threshold, scale):  # fmt: skip
     heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = d_out.shape[1]
     size = width // heads
@@ -144,11 +159,12 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
     d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
     p, ds = operand(lse, ROWS, longest), operand(lse, ROWS, longest)
     d_queries = operand(lse, ROWS, size)
-    bits = np.empty(block, np.uint32)
+    mix = np.empty(4, np.uint32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
         column = head * size
+        random_bits(seed, head, mix)
         take_along(queries, qkv, length, size, first, column)
         take_down(queries_down, qkv, length, size, first, column)
         take_transposed(keys, qkv, length, size, first, width + column)
@@ -163,7 +179,7 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(p, rows, length, root, lse, first + o, head, seed, bits, threshold)
+            _probabilities(p, rows, length, root, lse, first, o, head, mix, stride, threshold)
             set_product(ds, d_outs, o, False, values, 0, rows, size, length)
             for i in range(rows):
                 along = ZERO
@@ -210,7 +226,7 @@ def forward(
         cpu.seed(seed),
         out.flatten(1),
         lse,
-        *_dropping(boundaries, p),
+        *cpu.dropping(flash_attention.stride(longest), p),
     )
     cpu.run(_forward_loop, _heads(qkv, boundaries), *work)
     return out, lse
@@ -224,11 +240,6 @@ def _forward_outputs(qkv, *_):
 
 def _heads(qkv, boundaries):
     return (len(boundaries) - 1) * qkv.shape[2]
-
-
-def _dropping(boundaries, p):
-    longest = int(boundaries.diff().max()) if len(boundaries) > 1 else 0
-    return cpu.dropping(-(-longest // 4) * 4, p)
 
 
 @operation("packed_attention_backward")
@@ -256,7 +267,7 @@ def backward(
         lse,
         d_qkv.flatten(1),
         sums,
-        *_dropping(boundaries, p),
+        *cpu.dropping(flash_attention.stride(longest), p),
     )
     cpu.run(_backward_loop, _heads(qkv, boundaries), *work)
     return d_qkv, sums.sum(0).to(qkv.dtype)

@@ -11,6 +11,7 @@ import numpy as np
 import philox
 import pytest
 import torch
+from attention_mask import masked_attention
 from fastelectra.kernels import cpu, dispatch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -194,25 +195,17 @@ def test_dropout_drops_what_philox_says(p, seed):
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.6, 2**62 + 5)])
-def test_attention_drops_what_philox_says(p, seed):
-    rows, heads, block = 50, 2, 20  # the longest sequence of 18, in fours
-    boundaries = torch.tensor([0, 18, 18, 25, 40, 50], dtype=torch.int32)
+def test_attention_drops_what_it_drops_on_a_gpu(p, seed):
+    boundaries = torch.tensor([0, 18, 18, 25, 70, 80], dtype=torch.int32)
     g = torch.Generator().manual_seed(0)
-    qkv = torch.randn(rows, 3, heads, 12, generator=g).requires_grad_()
-    kept = philox.mask(rows * heads, block, block, p, seed).float().view(rows, heads, block)
+    qkv = torch.randn(80, 3, 2, 12, generator=g).requires_grad_()
 
     def expected(qkv):
-        parts = []
-        for first, last in zip(boundaries[:-1].tolist(), boundaries[1:].tolist(), strict=True):
-            q, k, v = qkv[first:last].transpose(0, 2).unbind(1)
-            probabilities = (q @ k.transpose(1, 2) / 12**0.5).softmax(2)
-            mask = kept[first:last, :, : last - first].transpose(0, 1)
-            parts.append(((probabilities * mask) @ v).transpose(0, 1))
-        return torch.cat(parts)
+        return masked_attention(qkv, boundaries, 50, p, seed)
 
     def actual(qkv):
         seeds = torch.tensor([seed])
-        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, 18, p, seeds)
+        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, 50, p, seeds)
 
     for a, e in zip(
         kernel_cases.with_gradients(actual, [qkv]),

@@ -2,54 +2,27 @@
 
 import kernel_cases
 import numpy as np
-import philox
 import pytest
 import torch
+from attention_mask import masked_attention, random_numbers
 
 from fastelectra import kernels
 
 LENGTHS = (18, 0, 7, 130, 66)  # one block of 16 bit and more, whole and cut
-LONGEST = 140
+BOUNDARIES, LONGEST = torch.tensor([0, *LENGTHS]).cumsum(0).int(), 140
 HEADS, SIZE = 2, 12
 
 
-def random_numbers(first, queries, keys, stride, seed, head):
-    """The 32-bit number of each query and key [queries, keys] of a sequence that begins there."""
-    u32 = np.uint32
-    start, first_mix, second_mix, _ = philox.philox(seed, head).astype(u32)
-    query, key = np.arange(queries, dtype=u32)[:, None], np.arange(keys, dtype=u32)[None]
-    counter = (u32(first) + (query & ~u32(8))) * u32(stride) + (key & ~u32(8))
-    x = counter * u32(0x9E3779B1) + start
-    x ^= (x >> u32(16)) ^ first_mix
-    x *= u32(0x85EBCA6B)
-    x ^= (x >> u32(15)) ^ second_mix
-    factors = np.array([[0xC2B2AE35, 0x27D4EB2F], [0x165667B1, 0xD3A2646D]], u32)
-    return x * factors[query >> u32(3) & u32(1), key >> u32(3) & u32(1)]
-
-
 def with_mask(p, seed):
-    """Attention as PyTorch writes it, with the mask that the numbers make."""
-
     def call(qkv, bias):
         qkv = qkv + bias.view(qkv.shape[1:])
-        parts, first = [], 0
-        for length in LENGTHS:
-            q, k, v = qkv[first : first + length].transpose(0, 2).unbind(1)
-            probabilities = (q @ k.transpose(1, 2) / SIZE**0.5).softmax(2)
-            numbers = [random_numbers(first, length, length, 256, seed, h) for h in range(HEADS)]
-            kept = torch.from_numpy(np.stack(numbers) >= np.uint32(int(p * 2**32)))
-            mask = kept.to(qkv) * (2**32 / (2**32 - int(p * 2**32)))
-            parts.append(((probabilities * mask) @ v).transpose(0, 1))
-            first += length
-        return torch.cat(parts)
+        return masked_attention(qkv, BOUNDARIES, LONGEST, p, seed)
 
     return call
 
 
 def ours(p, seed):
-    boundaries, seeds = kernel_cases.placed(
-        torch.tensor([0, *LENGTHS]).cumsum(0).int(), torch.tensor([seed])
-    )
+    boundaries, seeds = kernel_cases.placed(BOUNDARIES, torch.tensor([seed]))
 
     def call(qkv, bias):
         products = qkv + bias.detach().view(qkv.shape[1:])
