@@ -242,31 +242,6 @@ def normal(x):
 
 
 @loop
-def random_bits(seed, counter, bits):
-    """Fill bits [4 N] uint32 with Philox 4x32-7 of counters counter … counter + N - 1.
-
-    The numbers that language.dropout draws from the same seed and counters.
-    """
-    first_key = np.uint32(seed & np.uint64(0xFFFFFFFF))
-    second_key = np.uint32(seed >> np.uint64(32))
-    for i in range(len(bits) // 4):
-        k0, k1 = first_key, second_key
-        place = np.uint64(counter) + np.uint64(i)
-        c0, c1 = np.uint32(place), np.uint32(place >> np.uint64(32))
-        c2, c3 = np.uint32(0), np.uint32(0)
-        for _ in range(7):
-            a = np.uint64(np.uint32(0xD2511F53)) * np.uint64(c0)
-            b = np.uint64(np.uint32(0xCD9E8D57)) * np.uint64(c2)
-            c0 = np.uint32(b >> np.uint64(32)) ^ c1 ^ k0
-            c1 = np.uint32(b)
-            c2 = np.uint32(a >> np.uint64(32)) ^ c3 ^ k1
-            c3 = np.uint32(a)
-            k0 = np.uint32(k0 + np.uint32(0x9E3779B9))
-            k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
-        bits[4 * i], bits[4 * i + 1], bits[4 * i + 2], bits[4 * i + 3] = c0, c1, c2, c3
-
-
-@loop
 def drop(x, bits, threshold, scale):
     """x · scale where the 32 random bits are ≥ threshold, else 0."""
     return x * scale if bits >= threshold else ZERO

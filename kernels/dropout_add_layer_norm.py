@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import ONE, ZERO, drop, flush, loop, narrow, random_bits, widen
+from .cpu import ONE, ZERO, drop, flush, loop, narrow, widen
 from .dispatch import fused, operation, use_triton
+from .dropout_mask import dropout, keys, make_keys, row_numbers, threshold
 from .language import (
     PROGRAMS,
     column_sums,
-    dropout,
-    dropout_threshold,
     jit,
     layer_norm,
     layer_norm_gradient,
@@ -30,8 +29,8 @@ from .language import (
 
 @jit
 def _sum_before_norm(
-    x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows,
-    H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
+    x_ptr, x_bias_ptr, residual_ptr, mask, row, rows,
+    H: tl.constexpr, BH: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """dropout(x + x_bias) + residual of rows row [R]; where it lies; what of it exists."""
     column = tl.arange(0, BH)
@@ -39,7 +38,7 @@ def _sum_before_norm(
     inside = (row < rows)[:, None] & (column < H)[None, :]
     x = upcast(tl.load(x_ptr + at, inside, 0.0))
     x += upcast(tl.load(x_bias_ptr + column, column < H, 0.0))[None, :]
-    x = dropout(x, seed_ptr, row, R, BH, THRESHOLD)
+    x = dropout(x, mask, row, BH, THRESHOLD)
     return x + upcast(tl.load(residual_ptr + at, inside, 0.0)), at, inside
 
 
@@ -50,8 +49,9 @@ def _forward(
     EPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
+    mask = keys(seed_ptr, 0)
     z, at, inside = _sum_before_norm(
-        x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
+        x_ptr, x_bias_ptr, residual_ptr, mask, row, rows, H, BH, THRESHOLD
     )
     y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
@@ -64,7 +64,7 @@ def _backward(
     rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
     MORE: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BH)
+    column, mask = tl.arange(0, BH), keys(seed_ptr, 0)
     weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
     d_x_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_weight = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
@@ -72,13 +72,13 @@ def _backward(
     for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
         row = start + tl.arange(0, R)
         z, at, inside = _sum_before_norm(
-            x_ptr, x_bias_ptr, residual_ptr, seed_ptr, row, rows, H, BH, R, THRESHOLD
+            x_ptr, x_bias_ptr, residual_ptr, mask, row, rows, H, BH, THRESHOLD
         )
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
         if MORE:
             dy += upcast(tl.load(more_ptr + at, inside, 0.0))
         dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
-        dx = dropout(dz, seed_ptr, row, R, BH, THRESHOLD)
+        dx = dropout(dz, mask, row, BH, THRESHOLD)
         tl.store(d_residual_ptr + at, dz.to(d_residual_ptr.dtype.element_ty), inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
         d_x_bias += dx
@@ -91,10 +91,10 @@ def _backward(
 
 
 @loop
-def _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z):
+def _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z):
     """z [H] = dropout(x + x_bias) + residual of one row, and its mean."""
     if threshold:
-        random_bits(seed, row * (len(bits) // 4), bits)
+        row_numbers(row, mask, bits)
         for j in range(len(z)):
             z[j] = drop(widen(x[row, j]) + widen(x_bias[j]), bits[j], threshold, scale)
     else:
@@ -111,8 +111,9 @@ def _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z):
 def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y, mean, rstd,
                   width, threshold, scale, eps):  # fmt: skip
     z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
+    mask = make_keys(seed, 0)
     for row in range(start, stop):
-        middle = _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z)
+        middle = _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z)
         square = ZERO
         for j in range(len(z)):
             z[j] -= middle
@@ -127,10 +128,11 @@ def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y,
 def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, seed, mean, rstd, dx,
                    d_residual, sums, width, threshold, scale):  # fmt: skip
     z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
+    mask = make_keys(seed, 0)
     scaled, d_x_bias = np.empty_like(z), np.zeros_like(z)
     d_weight, d_bias = np.zeros_like(z), np.zeros_like(z)
     for row in range(start, stop):
-        _sum_row(x, x_bias, residual, row, seed, bits, threshold, scale, z)
+        _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z)
         middle, deviation = mean[row], rstd[row]
         total, along = ZERO, ZERO
         for j in range(len(z)):
@@ -182,7 +184,7 @@ def forward(
     grid = (-(-x.shape[0] // constants["R"]),)
     _forward[grid](
         x, x_bias, residual, weight, bias, seed, *outputs, x.shape[0],
-        THRESHOLD=dropout_threshold(p), EPS=eps, **constants, num_warps=warps,
+        THRESHOLD=threshold(p), EPS=eps, **constants, num_warps=warps,
     )  # fmt: skip
     return outputs
 
@@ -223,7 +225,7 @@ def backward(
     _backward[(programs,)](
         dy, dy if more is None else more, x, x_bias, residual, weight, seed, mean, rstd,
         dx, d_residual, sums, x.shape[0],
-        THRESHOLD=dropout_threshold(p), MORE=more is not None, **constants, num_warps=warps,
+        THRESHOLD=threshold(p), MORE=more is not None, **constants, num_warps=warps,
     )  # fmt: skip
     return dx, d_residual, column_sums(sums, torch.promote_types(x_bias.dtype, weight.dtype))
 

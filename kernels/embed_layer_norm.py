@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from .dispatch import operation, use_triton
+from .dropout_mask import dropout, keys, threshold
 from .language import (
     PROGRAMS,
     column_sums,
-    dropout,
-    dropout_threshold,
     jit,
     layer_norm,
     layer_norm_gradient,
@@ -60,7 +59,7 @@ def _forward(
         H, BH,
     )  # fmt: skip
     y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
-    y = dropout(y, seed_ptr, row, R, BH, THRESHOLD)
+    y = dropout(y, keys(seed_ptr, 0), row, BH, THRESHOLD)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
@@ -76,6 +75,7 @@ def _backward(
     d_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_first = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_second = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
+    mask = keys(seed_ptr, 0)
     for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
         row = start + tl.arange(0, R)
         z, at, inside = _embed(
@@ -83,7 +83,7 @@ def _backward(
             rows, H, BH,
         )  # fmt: skip
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
-        dy = dropout(dy, seed_ptr, row, R, BH, THRESHOLD)
+        dy = dropout(dy, mask, row, BH, THRESHOLD)
         dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), inside)
         second = tl.load(segments_ptr + row, row < rows, 0)[:, None] == 1
@@ -170,7 +170,7 @@ def forward(
     constants, warps = row_blocks(word.shape[1])
     _forward[(-(-tokens.shape[0] // constants["R"]),)](
         tokens, segments, positions, word, segment, position, weight, bias, seed, *outputs,
-        tokens.shape[0], THRESHOLD=dropout_threshold(p), EPS=eps, **constants, num_warps=warps,
+        tokens.shape[0], THRESHOLD=threshold(p), EPS=eps, **constants, num_warps=warps,
     )  # fmt: skip
     return outputs
 
@@ -203,7 +203,7 @@ def backward(
     sums = mean.new_empty(programs, 4, word.shape[1])
     _backward[(programs,)](
         dy, tokens, segments, positions, word, segment, position, weight, seed, mean, rstd, dz,
-        sums, dy.shape[0], THRESHOLD=dropout_threshold(p), **constants, num_warps=warps,
+        sums, dy.shape[0], THRESHOLD=threshold(p), **constants, num_warps=warps,
     )  # fmt: skip
     return (
         _sum_rows(dz, tokens, word),

@@ -8,24 +8,21 @@ queries' gradient and once for that of keys and values: seven products instead o
 program owns what it writes. No atomics, the same bits every time, and no block of probabilities
 leaves the registers for the shared memory.
 
-On a GPU of Hopper's kind a block costs more time outside its products than in them, and Philox
-(`language.dropout`) would cost more than all the rest. `_kept` takes five operations an element.
+On a GPU of Hopper's kind a block costs more time outside its products than in them: hence the mask
+of `dropout_mask`, and blocks that are not cut have code without comparisons of their own.
 """
 
 import torch
 
+from . import dropout_mask
 from .language import (
     LOG2_E,
-    PHILOX_ROUNDS,
     column_sums,
-    dropout_threshold,
     jit,
     power_of_two,
     tl,
     upcast,
 )
-
-GOLDEN = tl.constexpr(0x9E3779B1)  # odd, near 2^32 / φ: the counters' step
 
 
 @jit
@@ -65,45 +62,32 @@ def _product(a, b, ACC: tl.constexpr):
 
 
 @jit
-def _keys_of_mask(seed_ptr, head):
-    """Three random 32-bit numbers of a seed and a head."""
-    a, b, c, _ = tl.randint4x(tl.load(seed_ptr), head, PHILOX_ROUNDS)
-    return a.to(tl.uint32), b.to(tl.uint32), c.to(tl.uint32)
+def _of_query(first, query, stride):
+    """Part of a counter that comes from query [·] of the sequence that begins at a row."""
+    return (first + (query & -9)).to(tl.uint32) * (stride.to(tl.uint32) * dropout_mask.GOLDEN)
 
 
 @jit
-def _counters(first, query, stride, start):
-    """Part of a counter that comes from query [·], a place in the sequence."""
-    return (first + (query & -9)).to(tl.uint32) * (stride.to(tl.uint32) * GOLDEN) + start
+def _of_key(key):
+    """Part of a counter that comes from key [·] of a sequence."""
+    return (key & -9).to(tl.uint32) * dropout_mask.GOLDEN
 
 
 @jit
-def _more(key):
-    """Part of a counter that comes from key [·], a place in the sequence."""
-    return (key & -9).to(tl.uint32) * GOLDEN
+def _kept(counter, query, key, first_key, second_key, THRESHOLD: tl.constexpr):
+    """Which probabilities stay.
 
-
-@jit
-def _kept(counter, query, key, first_mix, second_mix, THRESHOLD: tl.constexpr):
-    """Which probabilities stay: where a random 32-bit number is ≥ THRESHOLD.
-
-    A number is a counter, mixed by two rounds of xor-shift and multiply (as SplitMix, Steele et al.
-    2014), keyed before each. Four elements have one counter, those whose query and key differ in
-    bit 3 only, which one thread holds in either orientation of the scores; each multiplies it by a
-    factor of its own at last. counter, query, key: of shapes that broadcast to that of the scores.
+    Four have one counter, those whose query and key differ in bit 3 only, which one thread holds in
+    either orientation of the scores. counter, query, key: of shapes that broadcast to theirs.
     """
-    x = counter ^ (counter >> 16) ^ first_mix
-    x *= 0x85EBCA6B
-    x = x ^ (x >> 15) ^ second_mix
-    near = tl.where((key & 8) == 0, 0xC2B2AE35, 0x27D4EB2F).to(tl.uint32)
-    far = tl.where((key & 8) == 0, 0x165667B1, 0xD3A2646D).to(tl.uint32)
-    return x * tl.where((query & 8) == 0, near, far) >= THRESHOLD
+    which = ((query >> 2) & 2) | ((key >> 3) & 1)
+    return dropout_mask.numbers(counter, which, first_key, second_key) >= THRESHOLD
 
 
 @jit
 def _one_more_block(
-    q, query, top, total, out, qkv_ptr, start, length, width, nothing, counter, first_mix,
-    second_mix, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    q, query, top, total, out, qkv_ptr, start, length, width, nothing, counter, first_key,
+    second_key, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Maximum, sum of exponentials and weighted values of queries, after BK more keys."""
@@ -118,9 +102,9 @@ def _one_more_block(
     shrink = tl.exp2(top - higher)
     total = total * shrink + tl.sum(p, 1)
     if THRESHOLD:
-        counters = counter[:, None] + _more(key)[None, :]
+        counters = counter[:, None] + _of_key(key)[None, :]
         place = tl.arange(0, BK)
-        kept = _kept(counters, query[:, None], place[None, :], first_mix, second_mix, THRESHOLD)
+        kept = _kept(counters, query[:, None], place[None, :], first_key, second_key, THRESHOLD)
         p = tl.where(kept, p, nothing)
     out = out * shrink[:, None]
     out = tl.dot(p.to(v.dtype), v, out, input_precision="ieee", out_dtype=out.dtype)
@@ -146,8 +130,8 @@ def _forward(
     place = tl.arange(0, BQ)
     query = tile * BQ + place
     q = _rows(qkv_ptr, query, length, 3 * width, D, BD, True)
-    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
-    counter = _counters(first, query, stride, start_of_counters)
+    counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
+    counter = _of_query(first, query, stride) + counters_start
     top = tl.full([BQ], -float("inf"), ACC)
     total = tl.zeros([BQ], ACC)
     out = tl.zeros([BQ, BD], ACC)
@@ -156,7 +140,7 @@ def _forward(
         for start in range(cut * whole, length if cut else whole, BK):
             top, total, out = _one_more_block(
                 q, place, top, total, out, qkv_ptr, start, length, width, nothing,
-                counter, first_mix, second_mix, D, BD, BK, FACTOR, THRESHOLD, cut,
+                counter, first_key, second_key, D, BD, BK, FACTOR, THRESHOLD, cut,
             )  # fmt: skip
     d = tl.arange(0, BD)
     inside = (query < length)[:, None] & (d < D)[None, :]
@@ -167,8 +151,8 @@ def _forward(
 
 @jit
 def _slope_of_queries(
-    q, d_out, query, lse, delta, dq, qkv_ptr, start, length, width, nothing, counter, first_mix,
-    second_mix, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
+    q, d_out, query, lse, delta, dq, qkv_ptr, start, length, width, nothing, counter, first_key,
+    second_key, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Gradient of queries, not yet divided by √d, after BK more keys."""
@@ -180,9 +164,9 @@ def _slope_of_queries(
         p = tl.where((key < length)[None, :], p, 0.0)
     dp = _product(d_out, tl.trans(v), dq.dtype)
     if THRESHOLD:
-        counters = counter[:, None] + _more(key)[None, :]
+        counters = counter[:, None] + _of_key(key)[None, :]
         place = tl.arange(0, BK)
-        kept = _kept(counters, query[:, None], place[None, :], first_mix, second_mix, THRESHOLD)
+        kept = _kept(counters, query[:, None], place[None, :], first_key, second_key, THRESHOLD)
         dp = tl.where(kept, dp, nothing)
     ds = (p * (dp * SCALE - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision="ieee", out_dtype=dq.dtype)
@@ -217,15 +201,15 @@ def _backward_of_queries(
     at = head * rows + first + query
     tl.store(delta_ptr + at, delta, query < length)
     lse = tl.load(lse_ptr + at, query < length, 0.0)
-    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
-    counter = _counters(first, query, stride, start_of_counters)
+    counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
+    counter = _of_query(first, query, stride) + counters_start
     dq = tl.zeros([BQ, BD], ACC)
     whole = length // BK * BK
     for cut in tl.static_range(2):  # whole blocks, then what is left
         for start in range(cut * whole, length if cut else whole, BK):
             dq = _slope_of_queries(
                 q, d_out, place, lse, delta, dq, qkv_ptr, start, length, width, nothing,
-                counter, first_mix, second_mix, D, BD, BK, FACTOR, SCALE, THRESHOLD, cut,
+                counter, first_key, second_key, D, BD, BK, FACTOR, SCALE, THRESHOLD, cut,
             )  # fmt: skip
     _write(d_qkv_ptr, sums_ptr, dq * ROOT, query, length, 3 * width, D, BD)
 
@@ -233,7 +217,7 @@ def _backward_of_queries(
 @jit
 def _slopes_of_keys(
     k, v, key, more, dk, dv, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first, length, width,
-    stride, nothing, first_mix, second_mix, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
+    stride, nothing, first_key, second_key, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys, not yet divided by √d, and values, not yet scaled, after BQ more queries.
@@ -252,9 +236,9 @@ def _slopes_of_keys(
     dp = _product(v, tl.trans(d_out), dk.dtype)
     weights = p
     if THRESHOLD:
-        counters = _counters(first, query, stride, 0)[None, :] + more[:, None]
+        counters = _of_query(first, query, stride)[None, :] + more[:, None]
         place = tl.arange(0, BQ)
-        kept = _kept(counters, place[None, :], key[:, None], first_mix, second_mix, THRESHOLD)
+        kept = _kept(counters, place[None, :], key[:, None], first_key, second_key, THRESHOLD)
         weights = tl.where(kept, p, nothing)
         dp = tl.where(kept, dp, nothing)
     dv = tl.dot(weights.to(q.dtype), d_out, dv, input_precision="ieee", out_dtype=dk.dtype)
@@ -289,8 +273,8 @@ def _backward_of_keys(
     key = tile * BK + place
     k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, True)
     v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, True)
-    start_of_counters, first_mix, second_mix = _keys_of_mask(seed_ptr, head)
-    more = _more(key) + start_of_counters
+    counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
+    more = _of_key(key) + counters_start
     dk = tl.zeros([BK, BD], ACC)
     dv = tl.zeros([BK, BD], ACC)
     whole = length // BQ * BQ
@@ -298,7 +282,7 @@ def _backward_of_keys(
         for start in range(cut * whole, length if cut else whole, BQ):
             dk, dv = _slopes_of_keys(
                 k, v, place, more, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
-                length, width, stride, nothing, first_mix, second_mix,
+                length, width, stride, nothing, first_key, second_key,
                 D, BD, BQ, FACTOR, SCALE, THRESHOLD, cut,
             )  # fmt: skip
     _write(d_qkv_ptr + width, sums_ptr + width, dk * ROOT, key, length, 3 * width, D, BD)
@@ -321,7 +305,7 @@ def _cut(qkv, boundaries, longest: int) -> tuple[int, int, tuple, tuple]:
 
 
 def _constants(qkv: torch.Tensor, p: float) -> dict:
-    size, threshold = qkv.shape[3], dropout_threshold(p)
+    size, threshold = qkv.shape[3], dropout_mask.threshold(p)
     return {
         "D": size, "BD": max(16, power_of_two(size)), "FACTOR": LOG2_E.value * size**-0.5,
         "SCALE": 2**32 / (2**32 - threshold), "THRESHOLD": threshold,

@@ -27,7 +27,6 @@ INVERSE_SQRT_TAU = tl.constexpr(0.3989422804014327)
 LEAST_SHARE = 2.0**-40  # of the largest mass: what has less is never drawn, whatever the rounding
 NEGLIGIBLE = tl.constexpr(LEAST_SHARE)
 BELOW_ONE = tl.constexpr(1 - 2.0**-24)  # the largest uniform number
-PHILOX_ROUNDS = tl.constexpr(7)  # passes the statistical tests that 10 pass (Salmon et al. 2011)
 ELEMENTS = 2048  # of a block of whole rows: 16 bytes or more per thread and load
 PROGRAMS = 264  # that share the rows where each keeps sums over its own: two for an H100's SM
 
@@ -67,23 +66,6 @@ def gelu_slope(x, EXACT: tl.constexpr):
     """Φ(x) + x · φ(x), the derivative of gelu."""
     distribution, density = normal(x, EXACT)
     return distribution + x * density
-
-
-@jit
-def dropout(x, seed_ptr, row, R: tl.constexpr, BH: tl.constexpr, THRESHOLD: tl.constexpr):
-    """x [R, BH], the elements of rows row [R], where a random 32-bit number ≥ THRESHOLD, else 0.
-
-    What is kept is scaled so that the mean stays.
-
-    Four neighbouring columns share one Philox call, whose counter is row · BH/4 + column // 4: the
-    mask depends on seed, row and column only, and backward draws it again instead of reading it.
-    """
-    if THRESHOLD == 0:
-        return x
-    counter = row[:, None] * (BH // 4) + tl.arange(0, BH // 4)[None, :]
-    a, b, c, d = tl.randint4x(tl.load(seed_ptr), counter, PHILOX_ROUNDS)
-    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (R, BH))
-    return tl.where(bits >= THRESHOLD, x * (4294967296 / (4294967296 - THRESHOLD)), 0.0)
 
 
 @jit
@@ -127,11 +109,6 @@ def find(sorted_ptr, value, size, steps):
         low = tl.where(less, middle + 1, low)
         high = tl.where(less, high, middle)
     return low, tl.load(sorted_ptr + low, low < size, 2147483647) == value
-
-
-def dropout_threshold(p: float) -> int:
-    """THRESHOLD of `dropout` for a dropped share p."""
-    return int(p * 2**32)
 
 
 def row_blocks(width: int) -> tuple[dict, int]:

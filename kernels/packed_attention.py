@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, flash_attention
-from .cpu import INFINITY, LOG2_E, ONE, ZERO, exp2, largest, loop, narrow, random_bits
+from .cpu import INFINITY, LOG2_E, ONE, ZERO, exp2, largest, loop, narrow
 from .cpu_matmul import (
     add_product,
     as_along,
@@ -25,27 +25,34 @@ from .cpu_matmul import (
     take_transposed,
 )
 from .dispatch import fused, operation, use_triton
+from .dropout_mask import factor_of, make_keys, mixed, step
 from .split_qkv import split_qkv_reference
 
 ROWS = 32  # of scores at a time
 
 
 @loop
-def _weigh(row, length, scale, counter, query, mix, threshold):
-    """Multiply length probabilities by scale, by -scale where flash_attention._kept drops them."""
-    even = np.uint32(0xC2B2AE35 if query & 8 == 0 else 0x165667B1)
-    odd = np.uint32(0x27D4EB2F if query & 8 == 0 else 0xD3A2646D)
+def _columns(length):
+    """Of each key: what it adds to a counter, and its factor in a near and in a far row."""
+    steps, factors = np.empty(length, np.uint32), np.empty((2, length), np.uint32)
     for j in range(length):
-        x = np.uint32(counter + np.uint32(np.uint32(j & -9) * np.uint32(0x9E3779B1)))
-        x = x ^ (x >> np.uint32(16)) ^ mix[1]
-        x = np.uint32(x * np.uint32(0x85EBCA6B))
-        x = x ^ (x >> np.uint32(15)) ^ mix[2]
-        x = np.uint32(x * (even if j & 8 == 0 else odd))
+        steps[j] = step(j & -9)
+        factors[0, j], factors[1, j] = factor_of(0, j & 8), factor_of(1, j & 8)
+    return steps, factors
+
+
+@loop
+def _weigh(row, length, scale, counter, steps, factors, mask, threshold):
+    """Multiply length probabilities by scale, by -scale where flash_attention._kept drops them."""
+    for j in range(length):
+        x = np.uint32(mixed(counter + steps[j], mask[1], mask[2]) * factors[j])
         row[j] *= scale if x >= threshold else -scale
 
 
 @loop
-def _probabilities(scores, rows, length, root, lse, first, place, head, mix, stride, threshold):
+def _probabilities(
+    scores, rows, length, root, lse, first, place, head, mask, columns, stride, threshold
+):
     """Products of queries and keys [rows, length] → probabilities, those to drop negative.
 
     first: of the sequence; place: of the first query in it. An infinite lse is computed.
@@ -65,8 +72,10 @@ def _probabilities(scores, rows, length, root, lse, first, place, head, mix, str
             for j in range(length):
                 scores[i, j] = exp2(scores[i, j] * factor - shift)
         if threshold:
-            counter = np.uint32((first + (query & -9)) * stride * 0x9E3779B1 + mix[0])
-            _weigh(scores[i], length, scale, counter, query, mix, threshold)
+            counter = mask[0] + step((first + (query & -9)) * stride)
+            steps, factors = columns
+            factors = factors[1 if query & 8 else 0]
+            _weigh(scores[i], length, scale, counter, steps, factors, mask, threshold)
         else:
             for j in range(length):
                 scores[i, j] *= scale
@@ -124,12 +133,12 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
     queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
     values, room = operand(qkv, longest, size), operand(qkv, ROWS, longest)
     p, total = operand(lse, ROWS, longest), operand(lse, ROWS, size)
-    mix = np.empty(4, np.uint32)
+    columns = _columns(longest)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
         column = head * size
-        random_bits(seed, head, mix)
+        mask = make_keys(seed, head)
         take_along(queries, qkv, length, size, first, column)
         take_transposed(keys, qkv, length, size, first, width + column)
         take_down(values, qkv, length, size, first, 2 * width + column)
@@ -137,7 +146,9 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(p, rows, length, root, lse, first, o, head, mix, stride, threshold)
+            _probabilities(
+                p, rows, length, root, lse, first, o, head, mask, columns, stride, threshold
+            )
             for i in range(rows):
                 for j in range(length):
                     p[i, j] = ZERO if p[i, j] < ZERO else p[i, j]  # a NaN stays
@@ -159,12 +170,12 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
     d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
     p, ds = operand(lse, ROWS, longest), operand(lse, ROWS, longest)
     d_queries = operand(lse, ROWS, size)
-    mix = np.empty(4, np.uint32)
+    columns = _columns(longest)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
         column = head * size
-        random_bits(seed, head, mix)
+        mask = make_keys(seed, head)
         take_along(queries, qkv, length, size, first, column)
         take_down(queries_down, qkv, length, size, first, column)
         take_transposed(keys, qkv, length, size, first, width + column)
@@ -179,7 +190,9 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(p, rows, length, root, lse, first, o, head, mix, stride, threshold)
+            _probabilities(
+                p, rows, length, root, lse, first, o, head, mask, columns, stride, threshold
+            )
             set_product(ds, d_outs, o, False, values, 0, rows, size, length)
             for i in range(rows):
                 along = ZERO

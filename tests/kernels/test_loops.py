@@ -7,11 +7,10 @@ import threading
 import time
 
 import kernel_cases
+import masks
 import numpy as np
-import philox
 import pytest
 import torch
-from attention_mask import masked_attention
 from fastelectra.kernels import cpu, dispatch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -173,10 +172,10 @@ def test_attention_passes_on_a_score_that_is_not_a_number(which, value):
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
-def test_dropout_drops_what_philox_says(p, seed):
+def test_dropout_drops_what_it_drops_on_a_gpu(p, seed):
     rows, width = 37, 44
     *inputs, _, _, eps = kernel_cases.make("dropout_add_layer_norm", rows, width, torch.float32)
-    scale = philox.mask(rows, width, 64, p, seed).float()
+    scale = masks.mask(rows, width, 64, p, seed).float()
 
     def expected(x, x_bias, residual, *rest):
         x, zero = (x + x_bias) * scale, torch.zeros_like(x_bias)
@@ -201,7 +200,7 @@ def test_attention_drops_what_it_drops_on_a_gpu(p, seed):
     qkv = torch.randn(80, 3, 2, 12, generator=g).requires_grad_()
 
     def expected(qkv):
-        return masked_attention(qkv, boundaries, 50, p, seed)
+        return masks.masked_attention(qkv, boundaries, 50, p, seed)
 
     def actual(qkv):
         seeds = torch.tensor([seed])

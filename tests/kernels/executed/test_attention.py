@@ -4,7 +4,7 @@ import kernel_cases
 import numpy as np
 import pytest
 import torch
-from attention_mask import masked_attention, random_numbers
+from masks import attention_numbers, masked_attention
 
 from fastelectra import kernels
 
@@ -39,7 +39,7 @@ def inputs(dtype):
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
-def test_drops_what_the_counters_say(p, seed):
+def test_drops_what_the_numbers_say(p, seed):
     made = inputs(kernel_cases.EXACT)
     for a, e in zip(
         kernel_cases.with_gradients(ours(p, seed), made),
@@ -66,19 +66,19 @@ def test_error_in_16_bits_is_at_most_twice_that_of_pytorch(p, dtype):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_numbers_are_independent(p):
     """Shares and pairs of neighbours, of the four of one counter, of heads and of seeds."""
-    drops, size = [], (1024, 512)
+    drops, size = [], 1024
     for seed, head in ((1, 0), (1, 1), (2, 0)):
-        drops.append(random_numbers(0, *size, 512, seed, head) < np.uint32(int(p * 2**32)))
+        drops.append(attention_numbers(0, size, size, seed, head) < np.uint32(int(p * 2**32)))
     error = 5 * (p * (1 - p) / drops[0].size) ** 0.5
     assert all(abs(drop.mean() - p) < error for drop in drops)
     pairs = [(drops[0], other) for other in drops[1:]]
     for down in range(10):
         for right in range(-9, 10):
             if (down, right) > (0, 0):
-                there = drops[0][down:, max(0, right) : size[1] + min(0, right)]
-                here = drops[0][: size[0] - down, max(0, -right) : size[1] - max(0, right)]
+                there = drops[0][down:, max(0, right) : size + min(0, right)]
+                here = drops[0][: size - down, max(0, -right) : size - max(0, right)]
                 pairs.append((here, there))
-    four = drops[0].reshape(64, 2, 8, 32, 2, 8)
+    four = drops[0].reshape(64, 2, 8, 64, 2, 8)
     places = [(a, b) for a in range(2) for b in range(2)]
     together = [four[:, a, :, :, b] for a, b in places]
     pairs += [(x, y) for n, x in enumerate(together) for y in together[:n]]
