@@ -24,10 +24,13 @@ def threshold(p: float) -> int:
 
 @jit
 def _spread(x):
-    """uint32 → uint32, each bit of which depends on all of x (Appleby's MurmurHash3)."""
+    """uint32 → uint32, most bits of which depend on all of x (as in Appleby's MurmurHash3).
+
+    The product comes last: an exclusive or of keys would be taken apart, for every element.
+    """
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
+    return (x ^ (x >> 16)) * GOLDEN
 
 
 @jit
@@ -41,14 +44,15 @@ def keys(seed_ptr, stream):
 
 
 @jit
-def numbers(counter, which, first_key, second_key):
-    """The number of each element, which is one of four (0 … 3) with the same counter (uint32)."""
+def numbers(counter, far, near, first_key, second_key):
+    """The number of each element. Of the four of a counter (uint32) it is the third or fourth where
+    `far` is not 0, of these the second where `near` is not 0."""
     x = counter ^ (counter >> 16) ^ first_key
     x *= ROUND
     x = x ^ (x >> 15) ^ second_key
-    low = tl.where((which & 1) == 0, FACTORS[0], FACTORS[1]).to(tl.uint32)
-    high = tl.where((which & 1) == 0, FACTORS[2], FACTORS[3]).to(tl.uint32)
-    return x * tl.where((which & 2) == 0, low, high)
+    of_first = tl.where(near == 0, FACTORS[0], FACTORS[1]).to(tl.uint32)
+    of_last = tl.where(near == 0, FACTORS[2], FACTORS[3]).to(tl.uint32)
+    return x * tl.where(far == 0, of_first, of_last)
 
 
 @jit
@@ -63,7 +67,8 @@ def dropout(x, keys_of_seed, row, BH: tl.constexpr, THRESHOLD: tl.constexpr):
     column = tl.arange(0, BH)
     of_row = (row * BH).to(tl.uint32) * GOLDEN + start
     counter = of_row[:, None] + ((column & -4).to(tl.uint32) * GOLDEN)[None, :]
-    kept = numbers(counter, column[None, :], first_key, second_key) >= THRESHOLD
+    far, near = (column & 2)[None, :], (column & 1)[None, :]
+    kept = numbers(counter, far, near, first_key, second_key) >= THRESHOLD
     return tl.where(kept, x, 0.0) * (4294967296 / (4294967296 - THRESHOLD))
 
 
@@ -76,7 +81,7 @@ def _spread_out(x):
     """`_spread`, for compiled loops."""
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return x ^ (x >> np.uint32(16))
+    return np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(_GOLDEN))
 
 
 @loop

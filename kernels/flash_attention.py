@@ -80,8 +80,7 @@ def _kept(counter, query, key, first_key, second_key, THRESHOLD: tl.constexpr):
     Four have one counter, those whose query and key differ in bit 3 only, which one thread holds in
     either orientation of the scores. counter, query, key: of shapes that broadcast to theirs.
     """
-    which = ((query >> 2) & 2) | ((key >> 3) & 1)
-    return dropout_mask.numbers(counter, which, first_key, second_key) >= THRESHOLD
+    return dropout_mask.numbers(counter, query & 8, key & 8, first_key, second_key) >= THRESHOLD
 
 
 @jit

@@ -8,14 +8,14 @@ FACTORS = np.array([0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D], U32)
 
 
 def spread(x):
-    """MurmurHash3's last step."""
-    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
-    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
-    return x ^ x >> 16
+    """How a key is made of what it is for."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 0x9E3779B1)):
+        x = (x ^ x >> shift) * factor % 2**32
+    return x
 
 
 def numbers(place, which, seed, stream):
-    """The 32-bit number of each element: its counter's place and which of the four it is."""
+    """The 32-bit number of each element: of its counter's place, as one of four."""
     start = spread((seed + stream * 0x9E3779B1) % 2**32)
     first_key = spread(start ^ seed >> 32)
     second_key = spread((first_key + 0x9E3779B1) % 2**32)
