@@ -56,8 +56,8 @@ def padded(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
 def packed(qkv, boundaries, longest: int, dropout: float) -> torch.Tensor:
     """The trainer's own."""
     bias = qkv.new_zeros(qkv.shape[1:].numel(), requires_grad=True)
-    seed = torch.zeros(1, dtype=torch.int64)
-    return packed_attention(qkv, bias, boundaries, longest, dropout, seed.to(qkv.device))
+    seed = torch.zeros(1, dtype=torch.int64, device=qkv.device)
+    return packed_attention(qkv, bias, boundaries, longest, dropout, seed)
 
 
 def ways(device: torch.device) -> dict[str, Callable]:

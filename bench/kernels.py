@@ -11,6 +11,7 @@ traffic and the arithmetic alone would take on an H100. Writes OUTPUT.json and O
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -69,20 +70,19 @@ def roofline(case: Case, rates: dict) -> tuple[float, float]:
     )
 
 
-def estimates(preset: str) -> list[dict]:
+def estimates(preset: str) -> Iterator[dict]:
     """Traffic, arithmetic and least time of every case on an H100."""
-    rows = []
     for case in cases(preset, "meta", torch.bfloat16):
         forward, backward = roofline(case, H100)
-        rows.append({
+        row = {
             "preset": preset, "op": case.op, "size": case.size,
             "megabytes": [moved / 1e6 for moved in case.bytes],
             "gflop": [flop / 1e9 for flop in case.flop],
             "estimated_least_ms": [forward, backward],
-        })  # fmt: skip
+        }  # fmt: skip
         print(f"{preset:6s} {case.op:28s} {case.size:15s} {sum(case.bytes) / 1e6:8.1f} MB"
               f"  at least (estimate) {forward:.3f} + {backward:.3f} ms")  # fmt: skip
-    return rows
+        yield row
 
 
 def measured_rates() -> dict:
@@ -98,9 +98,8 @@ def measured_rates() -> dict:
     }
 
 
-def measure(preset: str, rates: dict) -> list[dict]:
+def measure(preset: str, rates: dict) -> Iterator[dict]:
     """Times and peak memory of every case, fused, eager and compiled."""
-    rows = []
     for case in cases(preset, "cuda", torch.bfloat16):
         least = roofline(case, rates)
         row = {"preset": preset, "op": case.op, "size": case.size, "least_ms": least}
@@ -110,8 +109,7 @@ def measure(preset: str, rates: dict) -> list[dict]:
         if case.op == "linear_cross_entropy_sample":
             row["products_ms"] = products(*case.make()[:2])
             print(f"{'':52s} its three products alone: {row['products_ms']:.3f} ms")
-        rows.append(row)
-    return rows
+        yield row
 
 
 @torch.no_grad()
@@ -138,7 +136,6 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         torch._dynamo.reset()  # else all cases share the few recompilations that one function may
         # take, and run eagerly when they are used up; with fullgraph that would be an error
         forward = torch.compile(forward, fullgraph=True, dynamic=False)
-    gradients = [torch.randn_like(output) for output in forward()] if wanted else None
 
     def forward_and_flush():
         output = forward()
@@ -149,10 +146,11 @@ def measure_way(case: Case, way: str, least: tuple[float, float]) -> dict:
         torch.autograd.grad(forward_and_flush(), wanted, gradients)
 
     try:
+        gradients = [torch.randn_like(output) for output in forward()] if wanted else None
         times = [milliseconds(forward), 0.0]
         if wanted:
             times[1] = milliseconds(step) - milliseconds(forward_and_flush)
-    except RuntimeError as error:  # an eager operation that a CUDA graph cannot hold
+    except RuntimeError as error:  # what cannot be compiled, or held by a CUDA graph
         return {"error": str(error).partition("\n")[0]}
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -228,8 +226,9 @@ def main(argv=None) -> int:
     else:
         result["compiled"] = compile_table(arguments.presets)
     for preset in arguments.presets:  # a run that is cut short keeps what it has measured
-        result["ops"] += measure(preset, result["rates"]) if gpu else estimates(preset)
-        written.write_text(json.dumps(result, indent=1) + "\n")
+        for row in measure(preset, result["rates"]) if gpu else estimates(preset):
+            result["ops"].append(row)
+            written.write_text(json.dumps(result, indent=1) + "\n")
     print(f"wrote {written}")
     print(draw(result, picture))
     return 0

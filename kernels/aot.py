@@ -90,7 +90,8 @@ def _launch(kernel, arguments, options) -> Launch:
             value = value.data_ptr()
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, int) and value % 16 == 0:
+        aligned = isinstance(value, int) and value % 16 == 0
+        if aligned and not parameter.do_not_specialize_on_alignment:
             divisible.append(place)
     tables = signature, constants, values
     return Launch(kernel, *(tuple(t.items()) for t in tables[:2]), tuple(divisible),

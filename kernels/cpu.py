@@ -136,12 +136,6 @@ def seed(tensor: torch.Tensor) -> np.uint64:
     return np.uint64(tensor.item() & 0xFFFFFFFFFFFFFFFF)
 
 
-def dropping(width: int, p: float) -> tuple[int, np.uint32, np.float32]:
-    """Random bits of a row, and the threshold and scale of `drop`, for a dropped share p."""
-    threshold = int(p * 2**32)
-    return width, np.uint32(threshold), np.float32(2**32 / (2**32 - threshold))
-
-
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "fastelectra")

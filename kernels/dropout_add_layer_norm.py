@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from . import cpu
 from .cpu import ONE, ZERO, drop, flush, loop, narrow, widen
 from .dispatch import fused, operation, use_triton
-from .dropout_mask import dropout, keys, make_keys, row_numbers, threshold
+from .dropout_mask import dropout, dropping, keys, make_keys, row_numbers, threshold
 from .language import (
     PROGRAMS,
     column_sums,
@@ -178,8 +178,8 @@ def forward(
     constants, warps = row_blocks(x.shape[1])
     if not use_triton(x):
         inputs = x, x_bias, residual, weight, bias, cpu.seed(seed)
-        dropping = cpu.dropping(constants["BH"], p)
-        cpu.run(_forward_loop, x.shape[0], *inputs, *outputs, *dropping, np.float32(eps))
+        others = constants["BH"], *dropping(p), np.float32(eps)
+        cpu.run(_forward_loop, x.shape[0], *inputs, *outputs, *others)
         return outputs
     grid = (-(-x.shape[0] // constants["R"]),)
     _forward[grid](
@@ -217,8 +217,8 @@ def backward(
         sums = torch.zeros(cpu.parts(), 3, x.shape[1], dtype=torch.float64)
         more = x.new_empty(0, x.shape[1]) if more is None else more
         inputs = dy, more, x, x_bias, residual, weight, cpu.seed(seed), mean, rstd
-        dropping = cpu.dropping(constants["BH"], p)
-        cpu.run(_backward_loop, x.shape[0], *inputs, dx, d_residual, sums, *dropping)
+        others = constants["BH"], *dropping(p)
+        cpu.run(_backward_loop, x.shape[0], *inputs, dx, d_residual, sums, *others)
         return dx, d_residual, sums.sum(0).to(torch.promote_types(x_bias.dtype, weight.dtype))
     programs = min(PROGRAMS, -(-x.shape[0] // constants["R"]))
     sums = mean.new_empty(programs, 3, x.shape[1])

@@ -1,10 +1,10 @@
 """What dropout drops: a random 32-bit number for each element, from a seed and the element's place.
 
-Philox (Salmon et al. 2011) takes 15 instructions an element, a quarter of all that the kernels
-around it execute. Here it is five: a counter goes through two rounds of xor-shift and multiply (as
-SplitMix, Steele et al. 2014), keyed before each, and is shared by four elements whose places differ
-in two bits; each multiplies it by a factor of its own at last. Backward draws again what forward
-drew, and a CPU draws what a GPU draws. Seeds are random themselves: 63 bits of torch's generator.
+Philox (Salmon et al. 2011) was a third of what the LayerNorm around it executed on a GPU. Here a
+counter goes through two rounds of xor-shift and multiply (as SplitMix, Steele et al. 2014), keyed
+before each, and is shared by four elements whose places differ in two bits; each multiplies it by a
+factor of its own at last. Backward draws again what forward drew, and a CPU draws what a GPU draws.
+Seeds are random themselves: 63 bits of torch's generator.
 """
 
 import numpy as np
@@ -12,14 +12,25 @@ import numpy as np
 from .cpu import loop
 from .language import jit, tl
 
-GOLDEN = tl.constexpr(0x9E3779B1)  # odd, near 2^32 / φ: the step from counter to counter
-ROUND = tl.constexpr(0x85EBCA6B)  # the factor of the first round
-FACTORS = tl.constexpr((0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D))  # of the four
+_GOLDEN = 0x9E3779B1  # odd, near 2^32 / φ: the step from counter to counter
+_ROUND = 0x85EBCA6B  # the factor of the first round
+_FACTORS = _A, _B, _C, _D = 0xC2B2AE35, 0x27D4EB2F, 0x165667B1, 0xD3A2646D  # of the four
+GOLDEN, ROUND, FACTORS = (tl.constexpr(value) for value in (_GOLDEN, _ROUND, _FACTORS))
 
 
 def threshold(p: float) -> int:
     """Numbers below it are dropped, for a dropped share p."""
     return int(p * 2**32)
+
+
+def scale(p: float) -> float:
+    """What is kept is multiplied by it, so that the mean stays."""
+    return 2**32 / (2**32 - threshold(p))
+
+
+def dropping(p: float) -> tuple[np.uint32, np.float32]:
+    """Threshold and scale as compiled loops take them."""
+    return np.uint32(threshold(p)), np.float32(scale(p))
 
 
 @jit
@@ -28,8 +39,8 @@ def _spread(x):
 
     The product comes last: an exclusive or of keys would be taken apart, for every element.
     """
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    x = (x ^ (x >> 16)) * ROUND
+    x = (x ^ (x >> 13)) * FACTORS[0]
     return (x ^ (x >> 16)) * GOLDEN
 
 
@@ -72,15 +83,11 @@ def dropout(x, keys_of_seed, row, BH: tl.constexpr, THRESHOLD: tl.constexpr):
     return tl.where(kept, x, 0.0) * (4294967296 / (4294967296 - THRESHOLD))
 
 
-_GOLDEN, _ROUND = GOLDEN.value, ROUND.value
-_A, _B, _C, _D = FACTORS.value
-
-
 @loop
 def _spread_out(x):
     """`_spread`, for compiled loops."""
-    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
-    x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(_ROUND))
+    x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(_A))
     return np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(_GOLDEN))
 
 

@@ -8,8 +8,9 @@ queries' gradient and once for that of keys and values: seven products instead o
 program owns what it writes. No atomics, the same bits every time, and no block of probabilities
 leaves the registers for the shared memory.
 
-On a GPU of Hopper's kind a block costs more time outside its products than in them: hence the mask
-of `dropout_mask`, and blocks that are not cut have code without comparisons of their own.
+On a GPU of Hopper's kind a block takes, by an estimate from the machine code, more time outside its
+products than in them: hence the mask of `dropout_mask`, and code without comparisons for blocks
+that are not cut. Within a sequence offsets have 32 bits, which is enough for half a million rows.
 """
 
 import torch
@@ -97,8 +98,9 @@ def _one_more_block(
     if CUT:
         scores = tl.where((key < length)[None, :], scores, -float("inf"))
     higher = tl.maximum(top, tl.max(scores, 1) * FACTOR)
-    p = tl.exp2(scores * FACTOR - higher[:, None])
-    shrink = tl.exp2(top - higher)
+    shift = tl.where(higher == -float("inf"), 0.0, higher)
+    p = tl.exp2(scores * FACTOR - shift[:, None])
+    shrink = tl.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
     if THRESHOLD:
         counters = counter[:, None] + _of_key(key)[None, :]
@@ -296,18 +298,18 @@ def stride(longest: int) -> int:
 def _cut(qkv, boundaries, longest: int) -> tuple[int, int, tuple, tuple]:
     """Rows of a program's tile, its warps (16 rows of scores for each), the grid, and sizes."""
     rows, _, heads, size = qkv.shape
-    most = 128 if qkv.element_size() == 2 else 32
-    tile = min(most, max(16, power_of_two(longest)))
+    narrow = qkv.element_size() > 2 or longest <= 64  # a tile of 64 spills on an A100
+    tile = min(32 if narrow else 128, max(16, power_of_two(longest)))
     tiles = -(-longest // tile)
     sizes = rows, heads * size, tiles, stride(longest)
     return tile, max(4, tile // 16), ((len(boundaries) - 1) * tiles, heads), sizes
 
 
 def _constants(qkv: torch.Tensor, p: float) -> dict:
-    size, threshold = qkv.shape[3], dropout_mask.threshold(p)
+    size = qkv.shape[3]
     return {
         "D": size, "BD": max(16, power_of_two(size)), "FACTOR": LOG2_E.value * size**-0.5,
-        "SCALE": 2**32 / (2**32 - threshold), "THRESHOLD": threshold,
+        "SCALE": dropout_mask.scale(p), "THRESHOLD": dropout_mask.threshold(p),
     }  # fmt: skip
 
 

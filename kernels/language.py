@@ -11,7 +11,10 @@ try:
     def jit(function):
         """triton.jit; profiles show a kernel as its file's name and its own."""
         name = function.__module__.rpartition(".")[2] + function.__name__
-        return triton.jit(function, repr=lambda _: name)
+        # seeds are slices of one tensor: else each would be compiled for twice
+        return triton.jit(
+            function, repr=lambda _: name, do_not_specialize_on_alignment=["seed_ptr"]
+        )
 
 except ImportError:  # the kernels are then never called
     tl = SimpleNamespace(constexpr=lambda value: value)

@@ -25,7 +25,7 @@ from .cpu_matmul import (
     take_transposed,
 )
 from .dispatch import fused, operation, use_triton
-from .dropout_mask import factor_of, make_keys, mixed, step
+from .dropout_mask import dropping, factor_of, make_keys, mixed, step
 from .split_qkv import split_qkv_reference
 
 ROWS = 32  # of scores at a time
@@ -231,6 +231,8 @@ def forward(
     if use_triton(qkv):
         flash_attention.forward(qkv, boundaries, longest, p, seed, out, lse)
         return out, lse
+    if len(boundaries) > 1 and boundaries.diff().max() > longest:
+        raise ValueError(f"a sequence is longer than {longest}")
     lse.fill_(torch.inf)
     boundaries = boundaries.unique_consecutive()  # threads share the sequences that have rows
     work = (
@@ -239,7 +241,8 @@ def forward(
         cpu.seed(seed),
         out.flatten(1),
         lse,
-        *cpu.dropping(flash_attention.stride(longest), p),
+        flash_attention.stride(longest),
+        *dropping(p),
     )
     cpu.run(_forward_loop, _heads(qkv, boundaries), *work)
     return out, lse
@@ -280,7 +283,8 @@ def backward(
         lse,
         d_qkv.flatten(1),
         sums,
-        *cpu.dropping(flash_attention.stride(longest), p),
+        flash_attention.stride(longest),
+        *dropping(p),
     )
     cpu.run(_backward_loop, _heads(qkv, boundaries), *work)
     return d_qkv, sums.sum(0).to(qkv.dtype)
@@ -316,8 +320,9 @@ def packed_attention(
 
     bias [3·heads·d] has been added to qkv, by a product that was given a detached one: it gets its
     gradient here. boundaries [N + 1] int32: from 0 to T, ascending; a sequence may be empty, and
-    none has more than `longest` rows. p: dropped share of the probabilities, 0 = none. seed [1]
-    int64: of the mask. On a GPU d > 64 spills registers.
+    none has more than `longest` rows: on a GPU, which does not check it, what is beyond stays
+    unwritten. p: dropped share of the probabilities, 0 = none. seed [1] int64: of the mask. On a
+    GPU d > 64 costs registers that are not there.
     """
     arguments = qkv, bias, boundaries, longest, p, seed
     return forward(*arguments)[0] if fused(qkv) else packed_attention_reference(*arguments)

@@ -43,7 +43,7 @@ def attention(
     added to qkv, by a product that was given a detached one: it gets its gradient here.
     """
     name = backend(qkv.device, qkv.dtype, qkv.shape[-1], dropout > 0, dispatch.asked_for_triton())
-    if name not in BACKENDS:
+    if name in OURS:
         return packed_attention(qkv, bias, layout.cu_seqlens, layout.max_length, dropout, seed)
     return BACKENDS[name](*split_qkv(qkv, bias), layout.cu_seqlens, layout.max_length, dropout)
 
@@ -58,7 +58,7 @@ def describe(device: torch.device, dtype: torch.dtype, head_size: int, dropout: 
 def backend(
     device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool, triton: bool
 ) -> str:
-    """The implementation for this device and type: one of BACKENDS, or ours by another name."""
+    """The implementation for this device and type: one of OURS or of BACKENDS."""
     if device.type != "cuda":
         return choose(None, dtype, head_size, dropout, triton, frozenset())
     capability = torch.cuda.get_device_capability(device)
@@ -140,6 +140,7 @@ def _flash_attn_4(q, k, v, cu, longest: int, dropout: float) -> torch.Tensor:
     )[0]
 
 
+OURS = ("packed", "Triton")  # packed_attention on a CPU and on a GPU
 BACKENDS = {  # of q, k, v [T, heads, d], boundaries, the longest and dropout
     "memory-efficient": _torch_efficient,
     "torch flash": _torch_flash,

@@ -214,6 +214,12 @@ def test_attention_drops_what_it_drops_on_a_gpu(p, seed):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+def test_attention_refuses_a_sequence_longer_than_the_longest():
+    boundaries, seed = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([0])
+    with pytest.raises(ValueError, match="longer than 4"):
+        kernels.packed_attention(torch.zeros(8, 3, 1, 4), torch.zeros(12), boundaries, 4, 0.0, seed)
+
+
 def test_attention_of_extreme_scores():
     boundaries = torch.tensor([0, 4], dtype=torch.int32)
     qkv = torch.zeros(4, 3, 1, 4)

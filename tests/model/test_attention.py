@@ -84,7 +84,7 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
 )
 def test_choice_of_implementation(capability, dtype, dropout, packages, expected):
     assert choose(capability, dtype, 64, dropout, False, packages) == expected
-    assert expected in {"packed", *attention.BACKENDS}
+    assert expected in {*attention.OURS, *attention.BACKENDS}
     asked = choose(capability, dtype, 64, dropout, True, packages)
     assert asked == (expected if expected in ("packed", "memory-efficient") else "Triton")
 

@@ -148,6 +148,28 @@ def test_other_vocabulary_heads(width, temperature, capability):
     assert_good(dict.fromkeys(aot.record(step)), capability)
 
 
+@pytest.mark.parametrize("capability", bench.CAPABILITIES)
+@pytest.mark.parametrize(("size", "longest"), [(8, 512), (64, 16), (40, 64), (64, 65), (32, 32)])
+def test_other_heads_and_lengths(size, longest, capability):
+    qkv = torch.zeros(256, 3, 2, size, dtype=torch.bfloat16, requires_grad=True, device="meta")
+    bias = torch.zeros(6 * size, dtype=torch.bfloat16, device="meta")
+    boundaries, seed = (torch.zeros(n, dtype=t, device="meta")
+                        for n, t in ((9, torch.int32), (1, torch.int64)))  # fmt: skip
+
+    def step():
+        kernels.packed_attention(qkv, bias, boundaries, longest, 0.1, seed).sum().backward()
+
+    assert_good(dict.fromkeys(aot.record(step)), capability)
+
+
+def test_what_the_benchmark_compares_with_can_be_compiled():
+    for case in bench.cases("small", "meta", torch.bfloat16, most_head_rows=16):
+        torch._dynamo.reset()
+        inputs = case.make()
+        torch.compile(lambda c=case, i=inputs: c.call(i, reference=True), fullgraph=True,
+                      backend="aot_eager", dynamic=False)()  # fmt: skip
+
+
 def test_benchmark_covers_every_op():
     for preset in bench.PRESETS:
         assert {case.op for case in bench.cases(preset, "meta", torch.bfloat16)} == OPERATIONS

@@ -120,3 +120,35 @@ def test_passes_on_what_is_not_a_number(which):
     wrong = out.isnan().flatten(1).any(1)
     assert wrong[rows].all()
     assert wrong.sum() == len(wrong[rows])
+    (gradient,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert gradient[25:155].isnan().flatten(1).any(1).all()
+    assert gradient[:25].isfinite().all()
+    assert gradient[155:].isfinite().all()
+
+
+def test_a_block_without_weight_leaves_the_others_theirs():
+    qkv, bias = inputs(torch.float32)
+    qkv = qkv.detach()
+    qkv[:, 0], qkv[:, 1] = 1, 0
+    qkv[25 : 25 + 64, 1, :, 0] = -torch.inf  # scores of whole blocks
+    boundaries, seed = kernel_cases.placed(BOUNDARIES, torch.tensor([0]))
+    out = kernels.packed_attention(qkv, bias, boundaries, LONGEST, 0.0, seed)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[25], qkv[25 + 64 : 155, 2].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not kernel_cases.ON_GPU or torch.cuda.get_device_properties(0).total_memory < 2e10,
+    reason="needs a GPU and 10 GB of its memory",
+)
+def test_more_elements_than_32_bits_count():
+    length, count, heads = 128, 2048, 48
+    qkv = torch.randn(length * count, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    boundaries, seed = kernel_cases.placed(
+        torch.arange(0, len(qkv) + 1, length, dtype=torch.int32), torch.tensor([0])
+    )
+    bias = qkv.new_zeros(3 * heads * 64)
+    out = kernels.packed_attention(qkv, bias, boundaries, length, 0.0, seed)
+    last = kernels.packed_attention(qkv[-length:], bias, boundaries[:2], length, 0.0, seed)
+    assert torch.equal(out[-length:], last)
