@@ -1,10 +1,10 @@
 """What dropout drops: a random 32-bit number for each element, from a seed and the element's place.
 
-Philox (Salmon et al. 2011) was a third of what the LayerNorm around it executed on a GPU. Here a
-counter goes through two rounds of xor-shift and multiply (as SplitMix, Steele et al. 2014), keyed
-before each, and is shared by four elements whose places differ in two bits; each multiplies it by a
-factor of its own at last. Backward draws again what forward drew, and a CPU draws what a GPU draws.
-Seeds are random themselves: 63 bits of torch's generator.
+Philox 4x32-7 (Salmon et al. 2011) makes four numbers by 14 products of 64 bits; here it is five of
+32. A counter goes through two rounds of xor-shift and multiply (as SplitMix, Steele et al. 2014),
+keyed in each, and is shared by four elements whose places differ in two bits; the last product is
+by a factor of each one's own. Backward draws again what forward drew, and a CPU draws what a GPU
+draws. Seeds are random themselves: 63 bits of torch's generator.
 """
 
 import numpy as np

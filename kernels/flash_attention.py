@@ -5,25 +5,18 @@ which backward has the probabilities again (Dao et al. 2022). Queries, keys and 
 where one product left them, their gradients are written where the next one reads them, along with
 the sums that are the bias' gradient. Backward takes each block of scores twice, once for the
 queries' gradient and once for that of keys and values: seven products instead of five, but each
-program owns what it writes. No atomics, the same bits every time, and no block of probabilities
-leaves the registers for the shared memory.
+program owns what it writes. No atomics, the same bits every time, and on Ampere and Hopper no block
+of probabilities leaves the registers for the shared memory.
 
 On a GPU of Hopper's kind a block takes, by an estimate from the machine code, more time outside its
 products than in them: hence the mask of `dropout_mask`, and code without comparisons for blocks
-that are not cut. Within a sequence offsets have 32 bits, which is enough for half a million rows.
+that are not cut. Within a sequence offsets have 32 bits: enough for 2^31 / (3 heads d) rows.
 """
 
 import torch
 
 from . import dropout_mask
-from .language import (
-    LOG2_E,
-    column_sums,
-    jit,
-    power_of_two,
-    tl,
-    upcast,
-)
+from .language import LOG2_E, column_sums, jit, power_of_two, tl, upcast
 
 
 @jit
