@@ -98,7 +98,7 @@ def measure(
         for name, way in ways.items():
             row = {"preset": preset, "tokens": tokens, "length": length, "heads": heads,
                    "head_size": width // heads, "way": name}  # fmt: skip
-            row["chosen"] = name == backend(device, qkv.dtype, width // heads, True, False)
+            row["chosen"] = name == backend(device, qkv.dtype, width // heads, True, "auto")
             try:
                 row |= timed(way, qkv, layout, model.attention_dropout)
                 with torch.no_grad():

@@ -40,7 +40,6 @@ has tokenizers || # imported by what makes batches, but not used for that
 
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 2
 name=$(tr 'A-Z ' 'a-z-' <<<"${gpu#NVIDIA }")-$(date -u +%F)
-failed=()
 
 part() { # NAME SECONDS COMMAND…: never beyond 530 s from the start
   local label=$1 limit=$2 left=$((530 - SECONDS)) status=0
@@ -53,11 +52,11 @@ part() { # NAME SECONDS COMMAND…: never beyond 530 s from the start
   else
     status=124
   fi
-  ((status == 124)) && failed+=("$label: out of time")
-  ((status == 0 || status == 124)) || failed+=("$label: exit status $status")
+  ((status == 0)) || echo "$label: $( ((status == 124)) && echo out of time || echo "exit status $status")" \
+    >>"$work/failed"
 }
 
-throughput() { # NAME SECONDS FLAG…
+bench() { # NAME SECONDS FLAG…
   local label=throughput-$1 limit=$2 plot=()
   shift 2
   has matplotlib && plot=(--plot "$out/$name-$label.png")
@@ -65,24 +64,39 @@ throughput() { # NAME SECONDS FLAG…
     "${plot[@]}" "${flags[@]}" "$@"
 }
 
+compile() { # NAME FLAG…: leave what a benchmark compiles in the caches
+  local label=compile-$1
+  shift
+  part "$label" 120 "$python" "$repo/bench/throughput.py" "${flags[@]}" "$@" \
+    --rounds 1 --block 1 --warmup 3 >/dev/null
+}
+
 part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
-xdist=() # compiling the kernels takes many times longer than running them
+
+# what takes the processor, at once; none of it is timed
+xdist=()
 has xdist && xdist=(-n 8)
-peers=(--peers natural careful)
 # base and large: several micro-batches to an update, as in a run
-throughput base 120 --size base --tokens-per-step 131072 --rounds 3 --warmup 3 \
-  --micro-batch 32768 --block 3 "${peers[@]}" ours-triton --profile
-throughput small 100 --size small --rounds 3 "${peers[@]}" ours-eager --profile
+small=(--size small --rounds 5)
+base=(--size base --tokens-per-step 131072 --micro-batch 32768 --rounds 3 --warmup 3 --block 3)
+large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --warmup 3 --block 2)
+part tests 120 "$python" -m pytest "${xdist[@]}" "${tests[@]}" &
+compile small "${small[@]}" --peers compiled &
+compile base "${base[@]}" --peers compiled &
+compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 --peers &
+wait
+
+peers=(--peers natural careful)
+bench base 90 "${base[@]}" "${peers[@]}" --profile
+bench small 90 "${small[@]}" "${peers[@]}" compiled --profile
+bench base-compiled 80 "${base[@]}" --peers compiled
+bench large 90 "${large[@]}" "${peers[@]}"
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
-part tests 150 "$python" -m pytest "${xdist[@]}" "${tests[@]}"
-throughput large 90 --size large --tokens-per-step 65536 --rounds 3 --warmup 3 \
-  --micro-batch 16384 --block 2 "${peers[@]}"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
-throughput small-compiled 120 --size small --rounds 3 --peers ours-compiled careful compiled
-throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
+bench base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 
 echo "== done in $SECONDS s; results in $out"
-((${#failed[@]})) || exit 0
-printf 'failed: %s\n' "${failed[@]}"
+[[ -e $work/failed ]] || exit 0
+sed 's/^/failed: /' "$work/failed"
 exit 1

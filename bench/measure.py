@@ -153,7 +153,7 @@ class Runner:
                 synchronize(self.device)
                 spent += time.perf_counter() - start
         parts = {part: seconds / steps for part, seconds in clock.seconds.items()}
-        rest = "elsewhere" if "backward" in parts else "forward, backward, elsewhere"  # one graph
+        rest = "elsewhere" if len(parts) > 1 else "forward, backward, elsewhere"  # one graph
         return parts | {rest: spent / steps - sum(parts.values())}
 
     @contextmanager
@@ -216,6 +216,10 @@ class Clocked:
     def backward(self, loss):
         """As the engine's, clocked."""
         return self._clock("backward", self.engine.backward, loss)
+
+    def learn(self, batch):
+        """As the plain engine's, clocked."""
+        return self._clock("forward and backward", self.engine.learn, batch)
 
     def step(self):
         """As the engine's, clocked."""

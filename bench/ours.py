@@ -13,14 +13,13 @@ from fastelectra.training.update import Updater
 
 class Ours:
     """The trainer's step: as it is, or ours-eager, without CUDA graphs, or ours-compiled, with both
-    networks under torch.compile, or ours-triton, with Triton's attention."""
+    networks under torch.compile."""
 
     def __init__(self, name: str, workload: Workload, device: torch.device, process: Process):
         self.device, config = device, workload.config
         graphs = device.type == "cuda" and name != "ours-eager"
         torch.manual_seed(config.training.seed)
-        self.kernels = "triton" if name == "ours-triton" else config.training.kernels
-        kernels.set_backend(self.kernels)
+        kernels.set_backend(config.training.kernels)
         model = Electra(config.model, workload.vocab_size, config.objective)
         if process.world > 1:
             from fastelectra.training.engine import plan_engine, start_engine
@@ -51,7 +50,6 @@ class Ours:
 
     def step(self, batches: list[Batch]) -> None:
         """One update."""
-        kernels.set_backend(self.kernels)
         self.number += 1
         self.updater.update(self.number, batches)
 

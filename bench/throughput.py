@@ -23,7 +23,7 @@ from fastelectra.errors import FastElectraError
 from fastelectra.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("ours-eager", "ours-compiled", "ours-triton", "natural", "careful", "compiled", "graphed",
+PEERS = ("ours-eager", "ours-compiled", "natural", "careful", "compiled", "graphed",
          "natural-flash", "careful-flash", "compiled-flash")  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MOST_TOKENS = 2**22  # of a micro-batch that --largest tries

@@ -25,7 +25,7 @@ from . import dispatch
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may use
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-         torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
+         torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}  # fmt: skip
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 

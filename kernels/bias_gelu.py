@@ -88,7 +88,7 @@ def _backward_loop(part, start, stop, dy, x, bias, dx, sums):
 
 def _blocks(x):
     """Constants of a launch over x, and its row and column blocks."""
-    columns = min(256, max(16, power_of_two(x.shape[1])))
+    columns = min(128, max(16, power_of_two(x.shape[1])))
     constants = {"F": x.shape[1], "BC": columns, "R": ELEMENTS // columns}
     return constants, -(-x.shape[0] // constants["R"]), -(-x.shape[1] // columns)
 

@@ -24,9 +24,9 @@ def set_backend(name: str) -> None:
     """Choose the path of every op from now on.
 
     auto: Triton for CUDA tensors where triton is installed, compiled loops for fp32 and bf16 on the
-    CPU, else PyTorch. triton: the same, but triton must be installed, and does attention as well
-    (`asked_for_triton`); in a process with TRITON_INTERPRET=1 it takes CPU tensors too, through
-    Triton's interpreter. torch: PyTorch on every device. Raises ValueError.
+    CPU, else PyTorch. triton: the same, but triton must be installed, and does attention on all
+    GPUs that can; in a process with TRITON_INTERPRET=1 it takes CPU tensors too, through Triton's
+    interpreter. torch: PyTorch on every device. Raises ValueError.
     """
     global _backend  # noqa: PLW0603
     if name not in BACKENDS:
@@ -36,12 +36,9 @@ def set_backend(name: str) -> None:
     _backend = name
 
 
-def asked_for_triton() -> bool:
-    """Whether set_backend was given triton: attention on GPUs is then Triton's too.
-
-    Otherwise a library's: on no GPU has it been measured yet which of the two is faster.
-    """
-    return _backend == "triton"
+def for_gpus() -> str:
+    """What CUDA tensors take: torch, triton where it was asked for, else auto."""
+    return "torch" if triton is None else _backend
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

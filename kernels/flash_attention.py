@@ -288,14 +288,13 @@ def stride(longest: int) -> int:
     return max(16, power_of_two(longest))
 
 
-def _cut(qkv, boundaries, longest: int) -> tuple[int, int, tuple, tuple]:
-    """Rows of a program's tile, its warps (16 rows of scores for each), the grid, and sizes."""
+def _cut(qkv, boundaries, longest: int) -> tuple[int, tuple, tuple]:
+    """Rows of a program's tile, the grid, and sizes."""
     rows, _, heads, size = qkv.shape
-    narrow = qkv.element_size() > 2 or longest <= 64  # a tile of 64 spills on an A100
-    tile = min(32 if narrow else 128, max(16, power_of_two(longest)))
+    tile = min(32 if qkv.element_size() > 2 else 64, max(16, power_of_two(longest)))
     tiles = -(-longest // tile)
     sizes = rows, heads * size, tiles, stride(longest)
-    return tile, max(4, tile // 16), ((len(boundaries) - 1) * tiles, heads), sizes
+    return tile, ((len(boundaries) - 1) * tiles, heads), sizes
 
 
 def _constants(qkv: torch.Tensor, p: float) -> dict:
@@ -308,25 +307,25 @@ def _constants(qkv: torch.Tensor, p: float) -> dict:
 
 def forward(qkv, boundaries, longest: int, p: float, seed, out, lse) -> None:
     """Fill out [T, heads, d] and lse [heads, T], base 2, of qkv [T, 3, heads, d]."""
-    tile, warps, grid, sizes = _cut(qkv, boundaries, longest)
+    tile, grid, sizes = _cut(qkv, boundaries, longest)
     _forward[grid](
         qkv, boundaries, seed, out, lse, *sizes,
-        BQ=tile, BK=min(tile, 64), **_constants(qkv, p), num_warps=warps, num_stages=2,
+        BQ=tile, BK=min(tile, 32), **_constants(qkv, p), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 
 def backward(d_out, qkv, boundaries, longest: int, p: float, seed, out, lse):
     """→ gradients of qkv [T, 3, heads, d] and bias [3·heads·d]."""
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    tile, warps, grid, sizes = _cut(qkv, boundaries, longest)
+    tile, grid, sizes = _cut(qkv, boundaries, longest)
     sums = lse.new_empty(grid[0], qkv.shape[1:].numel())
     constants = _constants(qkv, p) | {"ROOT": qkv.shape[3] ** -0.5}
     _backward_of_queries[grid](
         d_out, qkv, boundaries, seed, out, lse, delta, d_qkv, sums, *sizes,
-        BQ=tile, BK=min(tile, 32), **constants, num_warps=warps, num_stages=3,
+        BQ=tile, BK=min(tile, 32), **constants, num_warps=4, num_stages=3,
     )  # fmt: skip
     _backward_of_keys[grid](
         d_out, qkv, boundaries, seed, lse, delta, d_qkv, sums, *sizes,
-        BQ=min(tile, 32), BK=tile, **constants, num_warps=warps, num_stages=2,
+        BQ=min(tile, 32), BK=tile, **constants, num_warps=4, num_stages=3,
     )  # fmt: skip
     return d_qkv, column_sums(sums, qkv.dtype)

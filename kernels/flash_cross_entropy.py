@@ -256,16 +256,17 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ gradients of hidden [M, D], weight [V, D] and bias [V], in their types."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    launch = _launch(hidden, (128, 128, 8, 2), (64, 64, 8, 1))
+    launch = _launch(hidden, (64, 32, 4, 3), (64, 64, 8, 1))
     blocks, tiles = -(-rows // launch["BM"]), -(-vocabulary // launch["BV"])
-    parts = _parts(blocks, tiles, SLOTS // 2, 8)  # a program fills an SM's registers
+    # two programs of 4 warps share an SM's registers, one of 8 fills them
+    parts = _parts(blocks, tiles, SLOTS * 4 // launch["num_warps"], 8)
     sums = lse.new_empty(parts, *hidden.shape)
     inputs = hidden, weight, bias, labels, lse, d_loss
     _d_hidden[(blocks, parts)](
         *inputs, sums, rows, vocabulary, tiles, -(-tiles // parts), **launch
     )  # fmt: skip
     d_weight, d_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    launch = _launch(hidden, (64, 128, 8, 3), (32, 64, 8, 2))
+    launch = _launch(hidden, (32, 64, 4, 3), (32, 64, 8, 2))
     tiles = -(-vocabulary // launch["BV"])
     _d_weight[(tiles,)](*inputs, d_weight, d_bias, rows, vocabulary, **launch)
     return column_sums(sums, hidden.dtype), d_weight, d_bias

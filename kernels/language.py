@@ -137,10 +137,10 @@ def _column_sums(x_ptr, sums_ptr, rows, columns, BR: tl.constexpr, BC: tl.conste
 def column_sums(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sums [...] over the first dimension of x [N, ...], always in the same order."""
     sums = x.new_empty(x.shape[1:], dtype=dtype)
-    rows = min(64, power_of_two(x.shape[0]))
-    columns = ELEMENTS // rows
+    rows = min(256, power_of_two(x.shape[0]))
+    columns = 2 * ELEMENTS // rows
     grid = (-(-sums.numel() // columns),)
-    _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=rows, BC=columns, num_warps=4)
+    _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=rows, BC=columns, num_warps=8)
     return sums
 
 

@@ -1,10 +1,11 @@
 """ELECTRA (arXiv 2003.10555): mask → generate → gather → head, loss, sample → replace →
-discriminate → loss. `Electra.forward` is section 2 of the paper, line by line, and the objectives
+discriminate → loss. `Electra.losses` is section 2 of the paper, line by line, and the objectives
 of section 3.4, which differ in the discriminator's head and where it is called: what it predicts
 there. (`mlm` has no generator.)"""
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -54,13 +55,21 @@ class Electra(nn.Module):
 
         The sum of the losses of a step's batches, whose `totals` agree, is the step's loss.
         """
+        losses, metrics = zip(*self.losses(batch), strict=True)
+        return sum(losses), {name: value for part in metrics for name, value in part.items()}
+
+    def losses(self, batch: Batch) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """The two terms of `forward`, each when it is asked for: first the generator's, if any.
+
+        No gradient flows from the main network's to the generator: after the first is known its
+        backward can run beside the second.
+        """
         batch = real_part(batch)
         layout = _layout(batch)
         seeds = self._dropout_seeds(batch)
         objective, kind = self.objective, self.objective.kind
         masked_here, real_tokens = (batch.labels >= 0).sum(), batch.cu_seqlens[-1]
         chosen, tokens = batch.totals.clamp(min=1)
-        loss, metrics = 0.0, {"masked": masked_here.float(), "tokens": real_tokens.float()}
 
         filled, _, _ = replace_tokens(batch.tokens, batch.masked_positions, batch.masked_inputs)
         seen = batch.masked_inputs
@@ -71,8 +80,8 @@ class Electra(nn.Module):
                 objective.disallow_correct,
             )  # fmt: skip
             filled, _, replaced = replace_tokens(batch.tokens, batch.masked_positions, seen)
-            loss = objective.generator_weight * mlm_loss / chosen
-            metrics |= {"mlm_loss": mlm_loss.detach(), "mlm_correct": correct, "replaced": replaced}
+            metrics = {"mlm_loss": mlm_loss.detach(), "mlm_correct": correct, "replaced": replaced}
+            yield objective.generator_weight * mlm_loss / chosen, metrics
 
         if kind.everywhere:
             hidden = self._discriminate(filled, batch, layout, seeds[1])  # (T, H)
@@ -82,8 +91,9 @@ class Electra(nn.Module):
             hidden = self._discriminate(filled, batch, layout, seeds[1], rows)  # (M, H)
             judged, whole = (batch.labels, seen, masked_here), chosen
         main_loss, scores = self.discriminator.head(hidden, *judged)
-        loss = loss + objective.main_weight * main_loss / whole
-        return loss, {**metrics, "predicted": judged[2].float(), **scores}
+        counts = {"masked": masked_here, "tokens": real_tokens, "predicted": judged[2]}
+        counts = {name: count.float() for name, count in counts.items()}
+        yield objective.main_weight * main_loss / whole, counts | scores
 
     @torch.no_grad()
     def generator_logits(self, batch: Batch) -> torch.Tensor:

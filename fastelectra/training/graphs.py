@@ -5,9 +5,9 @@ one shape and nothing in the step waits for the GPU, so a batch is copied to whe
 lay and the graphs are replayed. Masks and dropout stay functions of the batch's seed, since a graph
 reads its generator's state when it is replayed.
 
-With DeepSpeed's engine, and in fp32, forward and backward are a graph each (`Graphs`). The plain
-engine's code in bf16 has nothing that only Python can do: all of a micro-batch is one graph, and so
-is the update (`Replay`).
+With DeepSpeed's engine forward and backward are a graph each (`Graphs`). The plain engine's code
+has nothing that only Python can do: all of a micro-batch is one graph, and so is the update
+(`Replay`).
 """
 
 import dataclasses

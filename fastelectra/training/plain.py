@@ -1,21 +1,26 @@
 """The engine of a run that divides nothing but its batches: the fast one. Needs no DeepSpeed."""
 
 import torch
+from torch import nn
 
 from fastelectra.config import Config
+from fastelectra.data.batch import Batch
 from fastelectra.model.electra import Electra
+from fastelectra.training.checkpoint import MOMENT_KEYS
 from fastelectra.training.graphs import Replay
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
 
-ALIGNED = 32  # floats, from a multiple of which a gradient begins: 128 bytes
+ALIGNED = 32  # numbers, from a multiple of which a parameter begins: 64 bytes or more
+Places = dict[nn.Parameter, torch.Tensor]
 
 
 class PlainEngine:
     """What the trainer needs of DeepSpeed's engine, without its work on the host in each step.
 
-    In bf16 the model's parameters are copies of fp32 `masters`, which the optimizer has, and
-    gradients are summed in fp32, over ranks too. Each rank has all of the model, the optimizer's
-    state and the gradients. Nothing waits for a GPU.
+    Weights in fp32, gradients and Adam's moments are one tensor each for a whole group of
+    parameters, so that an update is a few passes over memory. In bf16 the model's parameters are
+    copies of these weights. Gradients are summed in fp32, over ranks too. Each rank has all of it.
+    Nothing waits for a GPU.
     """
 
     def __init__(
@@ -25,53 +30,101 @@ class PlainEngine:
         distributed = torch.distributed.is_initialized()
         self.world_size = torch.distributed.get_world_size() if distributed else 1
         self.global_rank = torch.distributed.get_rank() if distributed else 0
-        if self.world_size > 1:
-            for parameter in model.parameters():
-                torch.distributed.broadcast(parameter.data, 0)
         self.clip = config.deepspeed.get("gradient_clipping", 1.0)
-        self.copied = dtype != torch.float32
-        self.masters = {p: p for p in model.parameters()}
-        if self.copied:
-            self.masters = {p: p.detach().clone() for p in model.parameters()}
-            model.to(dtype)
         groups = parameter_groups(model, config.optimizer.weight_decay)
-        for group in groups:
-            group["params"] = [self.masters[parameter] for parameter in group["params"]]
+        self.groups = [group["params"] for group in groups]
+
+        self.weights, self.gradients = self._zeros(), self._zeros()
+        for parameter, weight in self._places(self.weights).items():
+            weight.copy_(parameter.detach())
+        if self.world_size > 1:
+            for weights in self.weights:
+                torch.distributed.broadcast(weights, 0)
+        self.copies = self.weights
+        if dtype != torch.float32:
+            self.copies = [weights.to(dtype) for weights in self.weights]
+        for parameter, copy in self._places(self.copies).items():
+            parameter.data = copy
+        self.places = self._places(self.gradients)
+        if accumulation > 1:
+            self.added = self._zeros()
+            self.added_places = self._places(self.added)
+
+        for group, weights, gradients in zip(groups, self.weights, self.gradients, strict=True):
+            group["params"], weights.grad = [weights], gradients
         self.optimizer = PaperAdam(groups, config.optimizer)
-        if self.copied or self.world_size > 1:
-            self._join_gradients()
+        self.aside = torch.cuda.Stream() if self.weights[0].is_cuda else None
         self.train, self.eval = model.train, model.eval
+
+    def _zeros(self) -> list[torch.Tensor]:
+        """Room for each group's parameters, in fp32."""
+        device = self.groups[0][0].device
+        sizes = (sum(map(_room, group)) for group in self.groups)
+        return [torch.zeros(size, device=device) for size in sizes]
+
+    def _places(self, tensors: list[torch.Tensor]) -> Places:
+        """Where each parameter has its part of tensors as `_zeros` makes them."""
+        return {
+            parameter: part[: parameter.numel()].view_as(parameter)
+            for group, tensor in zip(self.groups, tensors, strict=True)
+            for parameter, part in zip(group, tensor.split([*map(_room, group)]), strict=True)
+        }
+
+    def states(self) -> list[Places]:
+        """What a checkpoint keeps of each parameter, in place: weight and Adam's moments."""
+        kept = [self.optimizer.state[weights] for weights in self.weights]
+        moments = [[state[key] for state in kept] for key in MOMENT_KEYS]
+        return [self._places(tensors) for tensors in (self.weights, *moments)]
 
     def zero_optimization_stage(self) -> int:
         """None: whole parameters are here."""
         return 0
 
-    def __call__(self, batch):
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The model's loss and metrics."""
         return self.module(batch)
 
-    def _join_gradients(self) -> None:
-        """Give all gradients their place in one buffer, which ranks sum at once."""
-        masters = list(self.masters.values())
-        sizes = [-(-master.numel() // ALIGNED) * ALIGNED for master in masters]
-        self.gradients = torch.zeros(sum(sizes), device=masters[0].device)
-        for master, part in zip(masters, self.gradients.split(sizes), strict=True):
-            master.grad = part[: master.numel()].view_as(master)
+    def learn(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Add a micro-batch's gradients to those of the step.
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradients to those of the step, in fp32."""
-        (loss / (self.accumulation * self.world_size)).backward()
-        if not self.copied:
-            return
-        pairs = [(m, p) for p, m in self.masters.items() if p.grad is not None]
+        Returns the metrics, and whether the loss is a number; if not, gradients are NaN. On a GPU
+        the generator's backward runs beside all that the main network does.
+        """
+        here = torch.cuda.current_stream() if self.aside else None
+        losses = self.module.losses(batch)
+        _wait(self.aside, here)
+        with torch.cuda.stream(self.aside):
+            loss, metrics = next(losses)
+        _wait(here, self.aside)
+        with torch.cuda.stream(self.aside):
+            found = [self._gradients(loss)]
+        for term, more in losses:
+            found.append(self._gradients(term))
+            loss, metrics = loss.detach() + term.detach(), metrics | more
+        _wait(here, self.aside)
+        self._add(found)
+        return metrics, loss.detach().isfinite()
+
+    def _gradients(self, loss: torch.Tensor) -> Places:
+        parameters = [parameter for group in self.groups for parameter in group]
+        valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        found = torch.autograd.grad(loss, parameters, valid, allow_unused=True)
+        return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
+
+    def _add(self, found: list[Places]) -> None:
+        """To the step's gradients, in fp32; those of its first micro-batch overwrite."""
         first = self.micro_steps % self.accumulation == 0
-        add = torch._foreach_copy_ if first else torch._foreach_add_
-        add([master.grad for master, _ in pairs], [parameter.grad for _, parameter in pairs])
-        for parameter in self.masters:
-            parameter.grad = None
+        places = self.places if first else self.added_places
+        last = {p: g for gradients in found for p, g in gradients.items()}
+        torch._foreach_copy_([places[p] for p in last], [*last.values()])
+        for parameter, gradient in found[0].items():
+            if gradient is not last[parameter]:  # of both networks
+                places[parameter] += gradient
+        if not first:
+            torch._foreach_add_(self.gradients, self.added)
 
     def capture(self, generator: torch.Generator, pool) -> None:
-        """Of an engine in bf16: from now on replay the update as a CUDA graph."""
+        """From now on replay the update as a CUDA graph."""
         for group in self.optimizer.param_groups:
             group["lr"] = torch.zeros((), device=generator.device)
         self.update = Replay(self.update, generator, pool)
@@ -84,24 +137,32 @@ class PlainEngine:
         self.micro_steps += 1
         if self.micro_steps % self.accumulation == 0:
             if self.world_size > 1:
-                torch.distributed.all_reduce(self.gradients)
+                for gradients in self.gradients:
+                    torch.distributed.all_reduce(gradients)
             self.norm = self.update().clone()
 
     @torch.no_grad()
     def update(self) -> torch.Tensor:
         """Clip, update, copy; returns the gradients' norm before clipping."""
-        gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm(self.gradients)
         self.optimizer.found_inf = (~norm.isfinite()).float()
         if self.clip:  # Adam divides by it, in the pass that it makes anyway
             self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)
         self.optimizer.step()
-        if self.copied:
-            torch._foreach_copy_([*self.masters], [*self.masters.values()])
-        else:
-            self.optimizer.zero_grad(set_to_none=self.world_size == 1)
+        if self.copies is not self.weights:
+            torch._foreach_copy_(self.copies, self.weights)
         return norm
 
     def get_global_grad_norm(self) -> torch.Tensor:
         """Of the last step's gradients, before clipping."""
         return self.norm
+
+
+def _room(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter takes among those of its group."""
+    return -(-parameter.numel() // ALIGNED) * ALIGNED
+
+
+def _wait(waiting: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:
+    if waiting and other:
+        waiting.wait_stream(other)

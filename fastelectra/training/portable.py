@@ -1,9 +1,9 @@
 """Full fp32 weights and Adam moments by parameter name, out of and into any engine.
 
 DeepSpeed's own checkpoints fit one number of ranks and one ZeRO stage; these fit all. In the plain
-engine and at stage 0 the torch optimizer holds whole parameters (in 16 bit fp32 copies of them); in
-stages 1 to 3 it holds this rank's parts in flat buffers, reached through DeepSpeed's `safe_*`
-functions.
+engine parameters are parts of a few tensors; at stage 0 the torch optimizer holds each (in 16 bit
+an fp32 copy of it); in stages 1 to 3 it holds this rank's parts in flat buffers, reached through
+DeepSpeed's `safe_*` functions.
 """
 
 import torch
@@ -34,7 +34,7 @@ def gather(engine: Engine) -> tuple[Tensors, Tensors]:
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):
         _link_states(engine)
-    read = _read_whole(engine) if stage == 0 else _read_parts
+    read = _read_parts if stage else _read_whole(engine)
     owners = _owners(engine)
     weights, moments = {}, {}
     for name, parameter in engine.module.named_parameters():
@@ -104,8 +104,6 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 def _masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
     """Stage 0: the tensor that the optimizer updates for each parameter of the module."""
-    if isinstance(engine, PlainEngine):
-        return engine.masters
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp16_groups"):  # also bf16
         groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
@@ -114,11 +112,16 @@ def _masters(engine: Engine) -> dict[torch.Tensor, torch.Tensor]:
 
 
 def _read_whole(engine: Engine):
+    if isinstance(engine, PlainEngine):
+        states = engine.states()
+        return lambda p: [places[p] for places in states]
     masters, state = _masters(engine), torch_optimizer(engine).state
     return lambda p: [masters[p], *(state[masters[p]][key] for key in MOMENT_KEYS)]
 
 
 def _write_whole(engine: Engine, adam_step: float):
+    if isinstance(engine, PlainEngine):
+        return _write_plain(engine, adam_step)
     masters, state = _masters(engine), torch_optimizer(engine).state
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
@@ -126,6 +129,17 @@ def _write_whole(engine: Engine, adam_step: float):
         master.data.copy_(weight)
         state[master] = {key: value.to(master.device, copy=True) for key, value in moments.items()}
         state[master]["step"] = torch.tensor(adam_step, device=master.device)
+
+    return write
+
+
+def _write_plain(engine: PlainEngine, adam_step: float):
+    _fresh_states(engine, engine.weights, adam_step)
+    states = engine.states()
+
+    def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
+        for places, value in zip(states, (weight, *moments.values()), strict=True):
+            places[parameter].copy_(value)
 
     return write
 

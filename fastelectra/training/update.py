@@ -17,10 +17,10 @@ from fastelectra.training.schedule import learning_rate
 class Updater:
     """Runs batches through an engine, which owns model and optimizer.
 
-    `engine` is DeepSpeed's, or has its `__call__`, `backward`, `step`, `module`, `optimizer` and
-    `get_global_grad_norm`; tells_norm: whether the last one answers (at stage 0 in fp32 DeepSpeed
-    does not). graphs: replay the step as CUDA graphs. `meter` adds up the metrics of
-    the training batches, `skips` counts the updates that were not made.
+    `engine` is DeepSpeed's, or a plain one, which makes its gradients itself. tells_norm: whether
+    it knows their norm (at stage 0 in fp32 DeepSpeed does not). graphs: replay the step as CUDA
+    graphs. `meter` adds up the metrics of the training batches, `skips` counts the updates that
+    were not made.
 
     An update whose loss or gradient norm is not a number is skipped, on all ranks: weights and
     moments stay as they are. A loss that is none makes all gradients NaN, so that their norm, which
@@ -42,7 +42,8 @@ class Updater:
         self.batches_per_step = micro_batches(config)
         self.generator = default_generator(device)
         self.replays: dict[bool, Replay] = {}  # of `_learn`, by whether a batch is a step's first
-        if graphs and isinstance(engine, PlainEngine) and engine.copied:
+        self.plain = isinstance(engine, PlainEngine)
+        if graphs and self.plain:
             memory = self.generator, new_pool(device)
             self.replays = {first: Replay(self._learn, *memory) for first in (True, False)}
             engine.capture(*memory)
@@ -73,6 +74,8 @@ class Updater:
 
     def _learn(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Forward and backward; returns the metrics, and whether the loss is a number."""
+        if self.plain:
+            return self.engine.learn(batch.to(self.device))
         loss, metrics = self._forward(batch)
         valid = loss.detach().isfinite()
         # DeepSpeed takes the mean over ranks and accumulation; the loss is a sum over them.

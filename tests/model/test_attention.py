@@ -73,8 +73,9 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
         (None, torch.bfloat16, False, BOTH, "packed"),
         ((9, 0), torch.float32, False, BOTH, "memory-efficient"),
         ((7, 5), torch.float16, True, BOTH, "memory-efficient"),
-        ((9, 0), torch.bfloat16, True, frozenset(), "torch flash"),
-        ((9, 0), torch.bfloat16, True, BOTH, "flash-attn 2"),
+        ((9, 0), torch.bfloat16, True, BOTH, "Triton"),
+        ((8, 0), torch.bfloat16, True, frozenset(), "torch flash"),
+        ((10, 0), torch.bfloat16, True, BOTH, "flash-attn 2"),
         ((9, 0), torch.bfloat16, False, frozenset(), "torch flash"),
         ((9, 0), torch.bfloat16, False, BOTH, "flash-attn 4"),
         ((10, 0), torch.float16, False, BOTH, "flash-attn 4"),
@@ -83,19 +84,21 @@ BOTH = frozenset({"flash-attn 2", "flash-attn 4"})
     ],
 )
 def test_choice_of_implementation(capability, dtype, dropout, packages, expected):
-    assert choose(capability, dtype, 64, dropout, False, packages) == expected
+    assert choose(capability, dtype, 64, dropout, "auto", packages) == expected
     assert expected in {*attention.OURS, *attention.BACKENDS}
-    asked = choose(capability, dtype, 64, dropout, True, packages)
+    asked = choose(capability, dtype, 64, dropout, "triton", packages)
     assert asked == (expected if expected in ("packed", "memory-efficient") else "Triton")
+    assert choose(capability, dtype, 64, dropout, "torch", packages) != "Triton"
 
 
 def test_head_sizes_that_no_gpu_takes_are_an_error():
-    assert choose((9, 0), torch.bfloat16, 32, False, False, BOTH) == "torch flash"  # not 4's
-    assert choose((9, 0), torch.bfloat16, 96, False, True, BOTH) == "flash-attn 4"  # not Triton's
+    assert choose((9, 0), torch.bfloat16, 32, False, "auto", BOTH) == "torch flash"  # not 4's
+    # not Triton's
+    assert choose((9, 0), torch.bfloat16, 96, False, "triton", BOTH) == "flash-attn 4"
     for head_size in (20, 264):
         with pytest.raises(FastElectraError, match=f"head size of {head_size}"):
-            choose((8, 0), torch.bfloat16, head_size, True, False, frozenset())
-        assert choose(None, torch.float32, head_size, True, False, frozenset()) == "packed"
+            choose((8, 0), torch.bfloat16, head_size, True, "auto", frozenset())
+        assert choose(None, torch.float32, head_size, True, "auto", frozenset()) == "packed"
 
 
 def test_description_names_the_implementation_in_use():

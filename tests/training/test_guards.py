@@ -49,17 +49,17 @@ FAULTS = [make_nan, make_infinite, make_gradients_infinite, make_norm_infinite]
 
 
 def updated(process, corpus, steps, precision, stage, spoilers):
-    """(weights, moments) after each update; the loss of its last micro-batch goes through one."""
+    """(weights, moments) after each update; the losses of its last micro-batch go through one."""
     config = config_of(corpus, precision, stage, bias_correction=True)
     engine = engine_of(process, corpus, None, precision, stage, bias_correction=True)
     updater = Updater(engine, config, torch.device("cpu"), stage != 0 or precision != "fp32")
-    forward, states = updater._forward, []
+    losses, states = engine.module.losses, []
 
     def spoiled(batch):
-        loss, metrics = forward(batch)
-        return (spoil(loss) if batch is batches[-1] else loss), metrics
+        for loss, metrics in losses(batch):
+            yield (spoil(loss) if batch.seed == batches[-1].seed else loss), metrics
 
-    updater._forward = spoiled
+    engine.module.losses = spoiled
     for batches, spoil in zip(steps, spoilers, strict=True):
         norm = float(updater.update(4, batches))
         assert math.isfinite(norm) == (spoil is spoil_nothing)

@@ -17,8 +17,10 @@ def advance(engine, batches, lr=1e-3):
         group["lr"] = lr
     for batch in batches:
         torch.manual_seed(batch.seed)
-        loss, _ = engine(batch)
-        engine.backward(loss * len(batches))
+        if isinstance(engine, PlainEngine):
+            engine.learn(batch)
+        else:
+            engine.backward(engine(batch)[0] * len(batches))
         engine.step()
     return portable.gather(engine)
 
@@ -56,8 +58,8 @@ def test_the_first_update_is_the_first_at_every_stage(process, corpus, step_batc
         updated.append(advance(engine, step_batches[0])[0])
     for name, weight in updated[0].items():
         torch.testing.assert_close(updated[1][name], weight, rtol=0, atol=5e-5)
-        # DeepSpeed's reduction rounds gradients to bf16; the plain engine has none
-        torch.testing.assert_close(updated[2][name], weight, rtol=0, atol=2e-4)
+        # DeepSpeed rounds gradients to bf16, and their sums; the plain engine sums in fp32
+        torch.testing.assert_close(updated[2][name], weight, rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize(("stage", "other"), [(0, 2), (1, 1), (2, 3), (3, 0)])

@@ -27,6 +27,7 @@ OPERATIONS = {name for name in kernels.__all__ if f"{name}_reference" in kernels
 # between its two loops and loads it after the second; `_forward`, without loops, stores and loads a
 # pair once. fp32 on such a GPU is for comparisons.
 SPILLS_TOLERATED = {
+    ("bias_gelu._backward fp16/fp32", 100): 8,
     ("chunked_cross_entropy._row fp32", 90): 8,
     ("dropout_add_layer_norm._forward fp32", 90): 8,
 }
