@@ -56,7 +56,7 @@ part() { # NAME SECONDS COMMAND…: never beyond 530 s from the start
     >>"$work/failed"
 }
 
-bench() { # NAME SECONDS FLAG…
+throughput() { # NAME SECONDS FLAG…
   local label=throughput-$1 limit=$2 plot=()
   shift 2
   has matplotlib && plot=(--plot "$out/$name-$label.png")
@@ -64,37 +64,37 @@ bench() { # NAME SECONDS FLAG…
     "${plot[@]}" "${flags[@]}" "$@"
 }
 
-compile() { # NAME FLAG…: leave what a benchmark compiles in the caches
+compile() { # NAME FLAG…: leave the kernels of our trainer in Triton's cache
   local label=compile-$1
   shift
-  part "$label" 120 "$python" "$repo/bench/throughput.py" "${flags[@]}" "$@" \
-    --rounds 1 --block 1 --warmup 3 >/dev/null
+  part "$label" 90 "$python" "$repo/bench/throughput.py" "${flags[@]}" "$@" \
+    --rounds 1 --block 1 --warmup 2 --peers
 }
 
 part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
 
-# what takes the processor, at once; none of it is timed
 xdist=()
 has xdist && xdist=(-n 8)
-# base and large: several micro-batches to an update, as in a run
 small=(--size small --rounds 5)
+# base and large: several micro-batches to an update, as in a run
 base=(--size base --tokens-per-step 131072 --micro-batch 32768 --rounds 3 --warmup 3 --block 3)
 large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --warmup 3 --block 2)
-part tests 120 "$python" -m pytest "${xdist[@]}" "${tests[@]}" &
-compile small "${small[@]}" --peers compiled &
-compile base "${base[@]}" --peers compiled &
-compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 --peers &
+# none of this is timed, and most of it is the processor's: at once
+compile small "${small[@]}" &
+compile base "${base[@]}" &
+compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 &
 wait
 
 peers=(--peers natural careful)
-bench base 90 "${base[@]}" "${peers[@]}" --profile
-bench small 90 "${small[@]}" "${peers[@]}" compiled --profile
-bench base-compiled 80 "${base[@]}" --peers compiled
-bench large 90 "${large[@]}" "${peers[@]}"
+throughput base 90 "${base[@]}" "${peers[@]}" --profile
+throughput small 60 "${small[@]}" "${peers[@]}" --profile
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
-part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
-bench base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
+throughput large 90 "${large[@]}" "${peers[@]}"
+part tests 150 "$python" -m pytest -v --tb=short "${xdist[@]}" "${tests[@]}"
+part kernels 120 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
+throughput small-compiled 150 "${small[@]}" --peers compiled
+throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 
 echo "== done in $SECONDS s; results in $out"
 [[ -e $work/failed ]] || exit 0

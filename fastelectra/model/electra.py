@@ -82,6 +82,7 @@ class Electra(nn.Module):
             filled, _, replaced = replace_tokens(batch.tokens, batch.masked_positions, seen)
             metrics = {"mlm_loss": mlm_loss.detach(), "mlm_correct": correct, "replaced": replaced}
             yield objective.generator_weight * mlm_loss / chosen, metrics
+            del hidden, mlm_loss  # and what autograd keeps of the generator
 
         if kind.everywhere:
             hidden = self._discriminate(filled, batch, layout, seeds[1])  # (T, H)

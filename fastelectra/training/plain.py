@@ -98,12 +98,13 @@ class PlainEngine:
         _wait(here, self.aside)
         with torch.cuda.stream(self.aside):
             found = [self._gradients(loss)]
+        loss = loss.detach()
         for term, more in losses:
             found.append(self._gradients(term))
-            loss, metrics = loss.detach() + term.detach(), metrics | more
+            loss, metrics = loss + term.detach(), metrics | more
         _wait(here, self.aside)
         self._add(found)
-        return metrics, loss.detach().isfinite()
+        return metrics, loss.isfinite()
 
     def _gradients(self, loss: torch.Tensor) -> Places:
         parameters = [parameter for group in self.groups for parameter in group]

@@ -244,3 +244,22 @@ def test_replacements_follow_the_generators_distribution(temperature):
     right = counts[one.labels[0]]
     assert right > 0
     assert metrics["replaced"] == copies - right  # a draw of the original replaces nothing
+
+
+def test_nothing_of_the_generators_graph_is_left_when_the_main_network_begins():
+    """Else gradients of what they share would wait for its backward, which runs beside."""
+    model = tiny()
+    losses = model.losses(packed_batch(LENGTHS, VOCAB_SIZE))
+
+    def node():
+        return torch.autograd.graph.get_gradient_edge(model.embeddings.word).node
+
+    loss, _ = next(losses)
+    node().metadata["of"] = "generator"
+    torch.autograd.grad(loss, model.embeddings.word)
+    assert node().metadata["of"] == "generator"
+    loss = loss.detach()
+    term, _ = next(losses)
+    assert "of" not in node().metadata
+    whole, _ = model(packed_batch(LENGTHS, VOCAB_SIZE))
+    torch.testing.assert_close(loss + term, whole)
