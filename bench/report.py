@@ -61,11 +61,11 @@ def _row(name: str, row: dict) -> str:
 def _table(title: str, factor: float, columns: dict[str, dict[str, float]]) -> list[str]:
     """A row a part, a column a contender."""
     parts = list(dict.fromkeys(part for column in columns.values() for part in column))
-    heads = "".join(f"{name:>16s}" for name in columns)
-    return [f"{title:26s}{heads}"] + [
-        f"{part:26s}" + "".join(f"{factor * c.get(part, 0):16.2f}" for c in columns.values())
-        for part in parts
-    ]
+    text = [f"{title:28s}" + "".join(f"{name:>16s}" for name in columns)]
+    for part in parts:
+        times = (f"{factor * c[part]:.2f}" if part in c else "–" for c in columns.values())
+        text.append(f"{part:28s}" + "".join(f"{time:>16s}" for time in times))
+    return text
 
 
 def draw(result: dict, path: Path) -> None:
