@@ -140,7 +140,7 @@ class Runner:
         self.waits.append(waited / steps)
 
     def split(self, steps: int) -> dict[str, float]:
-        """Mean seconds of a step in forward, backward, optimizer and elsewhere.
+        """Mean seconds of a step in forward and backward, optimizer and elsewhere.
 
         On a GPU it waits after each, so that their sum exceeds the time of a step left alone.
         """
@@ -193,7 +193,10 @@ class Runner:
 
 
 class Clocked:
-    """An engine whose forward, backward and optimizer are clocked; waits for a GPU after each."""
+    """An engine whose forward, backward (or both as one) and optimizer are clocked.
+
+    It waits for a GPU after each.
+    """
 
     def __init__(self, engine, device: torch.device):
         self.engine, self.device, self.seconds = engine, device, Counter()

@@ -111,7 +111,7 @@ class TrainingConfig:
     micro_batch_tokens: int = 16_384  # token budget of one forward pass on one rank
     seed: int = 0
     init_from: str = ""  # folder written by `fastelectra import`: weights to start from
-    kernels: str = "auto"  # auto | triton (attention on all GPUs) | torch
+    kernels: str = "auto"  # auto | triton (attention on more GPUs) | torch
     cuda_graphs: bool = True  # a step in a few launches, up to ZeRO stage 2
     log_every: int = 100  # steps
     eval_every: int = 5_000

@@ -1,11 +1,12 @@
 """The vocabulary head for narrow embeddings: no [M, V] matrix, forward or backward.
 
-A tile is the product of a block of rows with 128 rows of the table, and lives in registers only.
-Forward leaves the maximum and the sum of exponentials of every (row, tile). From these follow the
-loss and the tile a row's uniform number falls into; its 128 logits, computed once more, give the
-token. That is one random number a row, where Gumbel noise on every logit costs 5.7 times the
-instructions. Backward computes the tiles twice again, once for the gradient of the rows and once
-for that of the table; each program owns what it writes: no atomics, the same bits every time.
+A tile is the product of a block of rows with rows of the table, in forward 128, and lives in
+registers only. Forward leaves the maximum and the sum of exponentials of every (row, tile). From
+these follow the loss and the tile a row's uniform number falls into; its 128 logits, computed once
+more, give the token. That is one random number a row, where Gumbel noise on every logit costs 5.7
+times the instructions. Backward computes the products twice again, once for the gradient of the
+rows and once for that of the table; each program owns what it writes: no atomics, the same bits
+every time.
 
 5 products of [M, D] by [D, V] instead of 3, and no traffic of M · V: the 4 D more operations an
 element cost as much as the 10 bytes saved (16-bit logits written, turned into gradients in place,

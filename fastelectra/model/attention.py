@@ -74,7 +74,8 @@ def choose(
     packages: frozenset[str],
 ) -> str:
     """The choice itself. `capability` is CUDA's (major, minor), None on CPU; kernels: auto, triton
-    or torch. Where it was measured, on Hopper and with dropout, Triton is ahead of "torch flash".
+    or torch. On Hopper with dropout Triton was ahead of "torch flash" by 7% of a step
+    (bench/results/h100-80gb-hbm3-2026-11-27-experiments-*.json).
 
     Raises FastElectraError for a head size that no GPU implementation takes.
     """

@@ -84,14 +84,13 @@ class Electra(nn.Module):
             yield objective.generator_weight * mlm_loss / chosen, metrics
             del hidden, mlm_loss  # and what autograd keeps of the generator
 
-        if kind.everywhere:
-            hidden = self._discriminate(filled, batch, layout, seeds[1])  # (T, H)
-            judged, whole = (batch.tokens, filled, real_tokens), tokens
-        else:
-            rows = batch.masked_positions
-            hidden = self._discriminate(filled, batch, layout, seeds[1], rows)  # (M, H)
-            judged, whole = (batch.labels, seen, masked_here), chosen
-        main_loss, scores = self.discriminator.head(hidden, *judged)
+        rows, judged, whole = None, (batch.tokens, filled, real_tokens), tokens
+        if not kind.everywhere:
+            rows, judged, whole = batch.masked_positions, (batch.labels, seen, masked_here), chosen
+        main_loss, scores = self.discriminator.head(
+            self._discriminate(filled, batch, layout, seeds[1], rows),  # (T, H) or (M, H)
+            *judged,
+        )
         counts = {"masked": masked_here, "tokens": real_tokens, "predicted": judged[2]}
         counts = {name: count.float() for name, count in counts.items()}
         yield objective.main_weight * main_loss / whole, counts | scores

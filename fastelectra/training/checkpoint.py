@@ -48,7 +48,6 @@ KEYS = {  # of state.json, and the type of each
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 STATE, TOKENIZER, SUMS = "state.json", "tokenizer", "SHA256SUMS"
 USED = (".safetensors", *vocabulary.FILES)  # endings of what must have a checksum
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # of Adam's state
 SCALE_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # as DeepSpeed's
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _ASIDE = ".tmp-"  # prefix of a folder that is still being written

@@ -10,6 +10,9 @@ from fastelectra.config import OptimizerConfig
 UNCORRECTED = 1e9
 
 
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq")  # of a parameter's state
+
+
 class PaperAdam(torch.optim.AdamW):
     """AdamW, fused, with or without bias correction: m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g²,
     w ← w − lr · (m / (√v + ε) + decay · w)."""

@@ -19,7 +19,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from fastelectra.training.checkpoint import MOMENT_KEYS, SCALE_KEYS, Tensors
+from fastelectra.training.checkpoint import SCALE_KEYS, Tensors
+from fastelectra.training.optimizer import MOMENT_KEYS
 from fastelectra.training.plain import PlainEngine
 
 Engine = DeepSpeedEngine | PlainEngine
@@ -140,6 +141,7 @@ def _write_plain(engine: PlainEngine, adam_step: float):
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:
         for places, value in zip(states, (weight, *moments.values()), strict=True):
             places[parameter].copy_(value)
+        parameter.data.copy_(weight)
 
     return write
 

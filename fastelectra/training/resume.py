@@ -11,6 +11,7 @@ from fastelectra.data.shards import Corpus
 from fastelectra.data.stream import Position
 from fastelectra.errors import FastElectraError
 from fastelectra.training import checkpoint
+from fastelectra.training.optimizer import MOMENT_KEYS
 
 # What decides the batches and what they are trained on; all else may change between two commands.
 FIXED_SECTIONS = ("model", "data")
@@ -134,7 +135,7 @@ def load_moments(model: nn.Module, folder: Path) -> checkpoint.Tensors:
     """The checkpoint's Adam moments. Raises FastElectraError as load_weights."""
     moments = checkpoint.read_moments(folder)
     expected = {f"{name}.{key}": parameter for name, parameter in model.named_parameters()
-                for key in checkpoint.MOMENT_KEYS}  # fmt: skip
+                for key in MOMENT_KEYS}  # fmt: skip
     _check_shapes(folder, moments, expected)
     return moments
 

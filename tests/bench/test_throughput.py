@@ -32,6 +32,8 @@ def test_a_run_reports_every_contender(tmp_path):
         assert row["full_run_hours"] == pytest.approx(16_384e6 / rate / 3600)
         assert row["losses"][0] == pytest.approx(10.3, abs=0.3)
         assert row["step_seconds"].keys() >= {"data wait", "optimizer", "elsewhere"}
+    assert "forward and backward" in result["contenders"]["ours"]["step_seconds"]
+    assert result["contenders"]["natural"]["step_seconds"].keys() >= {"forward", "backward"}
     assert result["contenders"]["ours"]["ours_is_times"]["median"] == 1
     assert result["provenance"]["versions"]["torch"]
     assert picture.stat().st_size > 0

@@ -49,15 +49,17 @@ FAULTS = [make_nan, make_infinite, make_gradients_infinite, make_norm_infinite]
 
 
 def updated(process, corpus, steps, precision, stage, spoilers):
-    """(weights, moments) after each update; the losses of its last micro-batch go through one."""
+    """(weights, moments) after each update; one loss of its last micro-batch goes through
+    the spoiler, the generator's and the main network's in turns."""
     config = config_of(corpus, precision, stage, bias_correction=True)
     engine = engine_of(process, corpus, None, precision, stage, bias_correction=True)
     updater = Updater(engine, config, torch.device("cpu"), stage != 0 or precision != "fp32")
     losses, states = engine.module.losses, []
 
     def spoiled(batch):
-        for loss, metrics in losses(batch):
-            yield (spoil(loss) if batch.seed == batches[-1].seed else loss), metrics
+        for number, (loss, metrics) in enumerate(losses(batch)):
+            here = batch.seed == batches[-1].seed and number != len(states) % 2
+            yield (spoil(loss) if here else loss), metrics
 
     engine.module.losses = spoiled
     for batches, spoil in zip(steps, spoilers, strict=True):

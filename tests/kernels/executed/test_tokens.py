@@ -100,14 +100,17 @@ def test_small_losses_of_certain_logits_are_exact():
         [129],
     ],
 )
-def test_tables_sum_runs_of_any_length(lengths):
+@pytest.mark.parametrize("size", [None, 2**15, 2**15 + 1])  # of the table: the least, and large
+def test_tables_sum_runs_of_any_length(lengths, size):
     g = torch.Generator().manual_seed(0)
     numbers = torch.randperm(len(lengths), generator=g).int() * 2
+    size = size or 2 * len(lengths) + 3
+    numbers[-1] = size - 1
     indices = numbers.repeat_interleave(torch.tensor(lengths))
     indices = indices[torch.randperm(len(indices), generator=g)]
     dz = torch.randn(len(indices), 20, generator=g, dtype=torch.float64).to(kernel_cases.EXACT)
     dz, indices = kernel_cases.placed(dz, indices)
-    table = torch.empty(2 * len(lengths) + 3, 20, dtype=dz.dtype, device=dz.device)
+    table = torch.empty(size, 20, dtype=dz.dtype, device=dz.device)
     expected = torch.zeros_like(table).index_add_(0, indices.long(), dz)
     actual = import_module("fastelectra.kernels.embed_layer_norm")._sum_rows(dz, indices, table)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
