@@ -92,9 +92,9 @@ throughput small 60 "${small[@]}" "${peers[@]}" --profile
 part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 throughput large 90 "${large[@]}" "${peers[@]}"
 part tests 150 "$python" -m pytest -v --tb=short "${xdist[@]}" "${tests[@]}"
-part kernels 120 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels"
-throughput small-compiled 150 "${small[@]}" --peers compiled
 throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
+throughput small-compiled 120 "${small[@]}" --peers compiled # of which most is torch.compile's
+part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels" # row by row
 
 echo "== done in $SECONDS s; results in $out"
 [[ -e $work/failed ]] || exit 0
