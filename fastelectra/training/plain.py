@@ -85,7 +85,7 @@ class PlainEngine:
         return self.module(batch)
 
     def learn(self, batch: Batch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Add a micro-batch's gradients to those of the step; it is where the model is.
+        """Add the gradients of a micro-batch, on the model's device, to those of the step.
 
         Returns the metrics, and whether the loss is a number; if not, some gradients are NaN. On a
         GPU the generator's backward runs beside all that the main network does. What it leaves may
