@@ -166,8 +166,8 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
 def _blocks(width: int) -> tuple[dict, int, int]:
     """Constants of a block of whole rows, its warps, and how many programs share the rows.
 
-    As measured on an H100: half the elements that other ops take, and two or three times the
-    programs.
+    Half the elements that other ops take, and two or three times the programs: of those tried the
+    fastest backward on an H100 (torch 2.11.0, triton 3.6.0).
     """
     columns = max(16, power_of_two(width))
     constants = {"H": width, "BH": columns, "R": max(1, ELEMENTS // 2 // columns)}

@@ -8,6 +8,11 @@ from pathlib import Path
 import torch
 
 import fastelectra
+from fastelectra.config import config_from_dict
+from fastelectra.data.batch import BatchShape
+from fastelectra.data.shards import open_corpus
+from fastelectra.data.stream import BatchStream, Position
+from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint
 
 TRAIN = Path(fastelectra.__file__).parent / "train.py"
@@ -70,3 +75,16 @@ def assert_same_checkpoint(run: Path, expected: Path, tolerance: float) -> None:
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
+
+
+def model_and_batches(corpus, count, objective="electra", sharing="all"):
+    """A configuration, its model, and the micro-batches of a step."""
+    config = tiny_config(corpus, "unused", batch_tokens=400 * count, micro_batch_tokens=400)
+    config["objective"] = {"name": objective}
+    config["model"]["embedding_sharing"] = sharing
+    config, opened = config_from_dict(config), open_corpus(corpus)
+    shape = BatchShape.of(400, 64, 0.15)
+    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, count, seed=0)
+    torch.manual_seed(0)
+    model = Electra(config.model, opened.vocab_size, config.objective)
+    return config, model, next(stream.steps(Position(), 0, 0, 1))[0]

@@ -6,15 +6,11 @@ import math
 
 import pytest
 import torch
-from launching import tiny_config
+from launching import model_and_batches, tiny_config
 from recording import captured_stand_in
 
 from fastelectra import kernels
 from fastelectra.config import config_from_dict
-from fastelectra.data.batch import BatchShape
-from fastelectra.data.shards import open_corpus
-from fastelectra.data.stream import BatchStream, Position
-from fastelectra.model.electra import Electra
 from fastelectra.training.graphs import Graphs
 from fastelectra.training.plain import PlainEngine
 from fastelectra.training.update import Updater
@@ -64,17 +60,7 @@ def made(corpus, monkeypatch):
     monkeypatch.setattr("fastelectra.training.graphs.captured", captured_stand_in)
     # on the CPU the model cuts padding off, which a graph cannot: fixed shapes as on a GPU
     monkeypatch.setattr("fastelectra.model.electra.real_part", lambda batch: batch)
-    return model_and_batches(corpus)
-
-
-def model_and_batches(corpus):
-    config = config_from_dict(tiny_config(corpus, "unused"))
-    opened = open_corpus(corpus)
-    shape = BatchShape.of(400, 64, 0.15)
-    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, 2, seed=0)
-    torch.manual_seed(0)
-    model = Electra(config.model, opened.vocab_size, config.objective)
-    return model, next(stream.steps(Position(), 0, 0, 1))[0]
+    return model_and_batches(corpus, 2)[1:]
 
 
 def gradients_of(model, forward, batches):
@@ -164,7 +150,7 @@ def test_ranks_sum_their_gradients_between_replays(made, corpus, monkeypatch, dt
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_makes_the_same_updates_of_replays(corpus, dtype, count):
-    model, batches = model_and_batches(corpus)
+    _, model, batches = model_and_batches(corpus, 2)
     batches = [*batches, dataclasses.replace(batches[0], seed=5)][:count]
     ways = [updates(model, batches, corpus, dtype, graphs, "cuda:0") for graphs in (False, True)]
     for eager, replayed in zip(*ways, strict=True):  # FlashAttention adds in any order

@@ -1,17 +1,60 @@
-"""The plain engine's gradients are those of the model's loss, whatever the two networks share."""
+"""The plain engine: gradients are those of the model's loss, whatever the networks share."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
-from launching import tiny_config
+from launching import model_and_batches
 
-from fastelectra.config import OBJECTIVES, config_from_dict
-from fastelectra.data.batch import BatchShape
-from fastelectra.data.shards import open_corpus
-from fastelectra.data.stream import BatchStream, Position
-from fastelectra.model.electra import Electra
+from fastelectra.config import OBJECTIVES
 from fastelectra.training.plain import PlainEngine, total_norm
+
+
+class Stream:
+    """Stands in for a CUDA stream: notes what waits for what."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.device = name, log, None
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+def test_the_generators_backward_needs_its_forward_and_the_sum_needs_both(corpus, monkeypatch):
+    """What runs in which stream, in the order of launches: as far as a CPU can tell."""
+    config, model, batches = model_and_batches(corpus, 1)
+    engine, log = PlainEngine(model, config, 1, torch.float32), []
+    here = where = Stream("here", log)
+    engine.aside = Stream("aside", log)
+
+    @contextmanager
+    def entered(stream):
+        nonlocal where
+        where = stream
+        yield
+        where = here
+
+    def noted(name, function):
+        def call(*arguments):
+            log.append(f"{name}: {where.name}")
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: here)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    for network in (model.generator, model.discriminator):
+        name = "generator" if network is model.generator else "discriminator"
+        monkeypatch.setattr(network, "forward", noted(name, network.forward))
+    monkeypatch.setattr(engine, "_gradients", noted("backward", engine._gradients))
+    monkeypatch.setattr(engine, "_add", noted("sum", engine._add))
+    engine.learn(batches[0])
+    assert log == [
+        "aside waits for here", "generator: aside", "here waits for aside", "backward: aside",
+        "discriminator: here", "backward: here", "here waits for aside", "sum: here",
+    ]  # fmt: skip
+
 
 CASES = [("electra", sharing) for sharing in ("all", "tokens", "none")]
 CASES += [(objective, "all") for objective in OBJECTIVES if objective != "electra"]
@@ -20,15 +63,7 @@ CASES += [(objective, "all") for objective in OBJECTIVES if objective != "electr
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("objective", "sharing"), CASES)
 def test_gradients_are_those_of_the_sum_of_the_losses(corpus, objective, sharing, count):
-    config = tiny_config(corpus, "unused", batch_tokens=400 * count, micro_batch_tokens=400)
-    config["objective"] = {"name": objective}
-    config["model"]["embedding_sharing"] = sharing
-    config, opened = config_from_dict(config), open_corpus(corpus)
-    shape = BatchShape.of(400, 64, 0.15)
-    stream = BatchStream(opened.split("train"), opened.special, config.data, shape, count, seed=0)
-    batches = next(stream.steps(Position(), 0, 0, 1))[0]
-    torch.manual_seed(0)
-    model = Electra(config.model, opened.vocab_size, config.objective)
+    config, model, batches = model_and_batches(corpus, count, objective, sharing)
     engine = PlainEngine(copy.deepcopy(model), config, count, torch.float32)
     for _ in range(2):  # the second step's overwrite those of the first
         model.zero_grad()
