@@ -56,15 +56,12 @@ def _product(a, b, ACC: tl.constexpr):
 
 
 @jit
-def _of_query(first, query, stride):
-    """Part of a counter that comes from query [·] of the sequence that begins at a row."""
-    return (first + (query & -9)).to(tl.uint32) * (stride.to(tl.uint32) * dropout_mask.GOLDEN)
+def _counter(start, place, step):
+    """Part of a counter that comes from queries or keys start + place [·], less bit 3 of place.
 
-
-@jit
-def _of_key(key):
-    """Part of a counter that comes from key [·] of a sequence."""
-    return (key & -9).to(tl.uint32) * dropout_mask.GOLDEN
+    Written so that compilers see which are equal, and compute these once.
+    """
+    return ((place & 7) + (start + (place & -16))).to(tl.uint32) * step
 
 
 @jit
@@ -96,8 +93,8 @@ def _one_more_block(
     shrink = tl.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
     if THRESHOLD:
-        counters = counter[:, None] + _of_key(key)[None, :]
         place = tl.arange(0, BK)
+        counters = counter[:, None] + _counter(start, place, dropout_mask.GOLDEN)[None, :]
         kept = _kept(counters, query[:, None], place[None, :], first_key, second_key, THRESHOLD)
         p = tl.where(kept, p, nothing)
     out = out * shrink[:, None]
@@ -125,7 +122,8 @@ def _forward(
     query = tile * BQ + place
     q = _rows(qkv_ptr, query, length, 3 * width, D, BD, True)
     counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
-    counter = _of_query(first, query, stride) + counters_start
+    step = stride.to(tl.uint32) * dropout_mask.GOLDEN
+    counter = _counter(first + tile * BQ, place, step) + counters_start
     top = tl.full([BQ], -float("inf"), ACC)
     total = tl.zeros([BQ], ACC)
     out = tl.zeros([BQ, BD], ACC)
@@ -147,9 +145,9 @@ def _forward(
 def _slope_of_queries(
     q, d_out, query, lse, delta, dq, qkv_ptr, start, length, width, nothing, counter, first_key,
     second_key, D: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
+    FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of queries, not yet divided by √d, after BK more keys."""
+    """Gradient of queries, not yet multiplied by ROOT, after BK more keys."""
     key = start + tl.arange(0, BK)
     k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, CUT)
     v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, CUT)
@@ -158,11 +156,11 @@ def _slope_of_queries(
         p = tl.where((key < length)[None, :], p, 0.0)
     dp = _product(d_out, tl.trans(v), dq.dtype)
     if THRESHOLD:
-        counters = counter[:, None] + _of_key(key)[None, :]
         place = tl.arange(0, BK)
+        counters = counter[:, None] + _counter(start, place, dropout_mask.GOLDEN)[None, :]
         kept = _kept(counters, query[:, None], place[None, :], first_key, second_key, THRESHOLD)
         dp = tl.where(kept, dp, nothing)
-    ds = (p * (dp * SCALE - delta[:, None])).to(k.dtype)
+    ds = (p * (dp - delta[:, None])).to(k.dtype)
     return tl.dot(ds, k, dq, input_precision="ieee", out_dtype=dq.dtype)
 
 
@@ -173,7 +171,7 @@ def _backward_of_queries(
     D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
     FACTOR: tl.constexpr, SCALE: tl.constexpr, ROOT: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of BQ queries of a head; leaves each row's d_out · out in memory."""
+    """Gradient of BQ queries of a head; leaves each row's d_out · out / SCALE in memory."""
     ACC: tl.constexpr = lse_ptr.dtype.element_ty
     first, length, tile = _place(boundaries_ptr, tiles)
     head = tl.program_id(1)
@@ -191,30 +189,32 @@ def _backward_of_queries(
     q = _rows(qkv_ptr, query, length, 3 * width, D, BD, True)
     d_out = _rows(d_out_ptr, query, length, width, D, BD, True)
     out = _rows(out_ptr, query, length, width, D, BD, True)
-    delta = tl.sum(upcast(d_out) * upcast(out), 1)
+    delta = tl.sum(upcast(d_out) * upcast(out), 1) / SCALE
     at = head * rows + first + query
     tl.store(delta_ptr + at, delta, query < length)
     lse = tl.load(lse_ptr + at, query < length, 0.0)
     counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
-    counter = _of_query(first, query, stride) + counters_start
+    step = stride.to(tl.uint32) * dropout_mask.GOLDEN
+    counter = _counter(first + tile * BQ, place, step) + counters_start
     dq = tl.zeros([BQ, BD], ACC)
     whole = length // BK * BK
     for cut in tl.static_range(2):  # whole blocks, then what is left
         for start in range(cut * whole, length if cut else whole, BK):
             dq = _slope_of_queries(
                 q, d_out, place, lse, delta, dq, qkv_ptr, start, length, width, nothing,
-                counter, first_key, second_key, D, BD, BK, FACTOR, SCALE, THRESHOLD, cut,
+                counter, first_key, second_key, D, BD, BK, FACTOR, THRESHOLD, cut,
             )  # fmt: skip
     _write(d_qkv_ptr, sums_ptr, dq * ROOT, query, length, 3 * width, D, BD)
 
 
 @jit
 def _slopes_of_keys(
-    k, v, key, more, dk, dv, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first, length, width,
+    k, v, key, counter, dk, dv, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first, length, width,
     stride, nothing, first_key, second_key, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
-    FACTOR: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
+    FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys, not yet divided by √d, and values, not yet scaled, after BQ more queries.
+    """Gradients of keys, not yet multiplied by ROOT, and values, nor these by SCALE, after BQ more
+    queries.
 
     Scores are [keys, queries] here: the products take them so.
     """
@@ -230,13 +230,13 @@ def _slopes_of_keys(
     dp = _product(v, tl.trans(d_out), dk.dtype)
     weights = p
     if THRESHOLD:
-        counters = _of_query(first, query, stride)[None, :] + more[:, None]
         place = tl.arange(0, BQ)
+        step = stride.to(tl.uint32) * dropout_mask.GOLDEN
+        counters = counter[:, None] + _counter(first + start, place, step)[None, :]
         kept = _kept(counters, place[None, :], key[:, None], first_key, second_key, THRESHOLD)
         weights = tl.where(kept, p, nothing)
-        dp = tl.where(kept, dp, nothing)
     dv = tl.dot(weights.to(q.dtype), d_out, dv, input_precision="ieee", out_dtype=dk.dtype)
-    ds = (p * (dp * SCALE - delta[None, :])).to(q.dtype)
+    ds = (weights * dp - p * delta[None, :]).to(q.dtype)
     return tl.dot(ds, q, dk, input_precision="ieee", out_dtype=dk.dtype), dv
 
 
@@ -268,16 +268,16 @@ def _backward_of_keys(
     k = _rows(qkv_ptr + width, key, length, 3 * width, D, BD, True)
     v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, True)
     counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
-    more = _of_key(key) + counters_start
+    counter = _counter(tile * BK, place, dropout_mask.GOLDEN) + counters_start
     dk = tl.zeros([BK, BD], ACC)
     dv = tl.zeros([BK, BD], ACC)
     whole = length // BQ * BQ
     for cut in tl.static_range(2):  # whole blocks, then what is left
         for start in range(cut * whole, length if cut else whole, BQ):
             dk, dv = _slopes_of_keys(
-                k, v, place, more, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
+                k, v, place, counter, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
                 length, width, stride, nothing, first_key, second_key,
-                D, BD, BQ, FACTOR, SCALE, THRESHOLD, cut,
+                D, BD, BQ, FACTOR, THRESHOLD, cut,
             )  # fmt: skip
     _write(d_qkv_ptr + width, sums_ptr + width, dk * ROOT, key, length, 3 * width, D, BD)
     _write(d_qkv_ptr + 2 * width, sums_ptr + 2 * width, dv * SCALE, key, length, 3 * width, D, BD)
@@ -319,7 +319,8 @@ def backward(d_out, qkv, boundaries, longest: int, p: float, seed, out, lse):
     d_qkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
     tile, grid, sizes = _cut(qkv, boundaries, longest)
     sums = lse.new_empty(grid[0], qkv.shape[1:].numel())
-    constants = _constants(qkv, p) | {"ROOT": qkv.shape[3] ** -0.5}
+    constants = _constants(qkv, p)
+    constants["ROOT"] = constants["SCALE"] * qkv.shape[3] ** -0.5
     _backward_of_queries[grid](
         d_out, qkv, boundaries, seed, out, lse, delta, d_qkv, sums, *sizes,
         BQ=tile, BK=min(tile, 32), **constants, num_warps=4, num_stages=3,
