@@ -63,11 +63,8 @@ class Bench:
         from measure import Gemm
         from peers import peers_for
 
-        self.args, self.process, self.cuda = args, process, torch.cuda.is_available()
-        self.device = torch.device("cpu")
-        if self.cuda:
-            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(self.device)
+        self.args, self.process, self.device = args, process, launch.device()
+        self.cuda = self.device.type == "cuda"
         names = peers_for(self.device, args.lengths) if args.peers is None else args.peers
         if names and process.world > 1:
             raise FastElectraError("peers train in one process: give --peers without names")
@@ -241,12 +238,9 @@ def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[d
 
 def _ours_alone(args, ranks: int, tokens: int, micro: int, length: int, environment: dict) -> dict:
     """What this script measures of ours on so many ranks, through the real launcher."""
-    import torch
-
-    count = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
     start = [sys.executable]
     if ranks > 1:
-        start = [str(Path(sys.executable).with_name("deepspeed")), count, str(ranks)]
+        start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [

@@ -4,7 +4,6 @@ Several processes, started by torchrun or deepspeed, share the runs.
 """
 
 import argparse
-import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -127,10 +126,7 @@ def _run_tasks(
     from fastelectra.tasks import pretrained
     from fastelectra.tasks.runs import Options, Runs, predict_with, run_all
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    device = launch.device()
     if process.world > 1:  # some have longer runs than others: no time is too long to wait
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     start = pretrained.load(args.model)

@@ -71,8 +71,7 @@ def plan_engine(config: Config, process: Process) -> Plan:
             f" training.batch_tokens / micro_batch_tokens / processes = {accumulation}: remove it"
         )
     parsed = _parse_section(user)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device(f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    device = launch.device()
     precision, why = _precision(user, parsed, device)
     zero = user.get("zero_optimization", {})
     section = {
@@ -116,8 +115,6 @@ def start_engine(
     """
     if plan.device.type == "cpu":  # else it compiles an op that training never uses
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
-        torch.cuda.set_device(plan.device)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(verbose=False)
     if plan.plain:

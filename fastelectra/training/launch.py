@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastelectra.config import Config
 from fastelectra.errors import FastElectraError
+
+if TYPE_CHECKING:
+    import torch
 
 PATIENCE = 10  # seconds that other ranks leave rank 0 to report an error and end the run
 FORWARDED = 2  # seconds within which launchers pass on a signal that a rank has had already
@@ -48,8 +52,7 @@ def prepare() -> Process:
     deepspeed = b"deepspeed.launcher.launch" in _command_of(os.getppid())
     if deepspeed or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(deepspeed,), daemon=True).start()
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_world())))
     # Threads that spin while they wait take the cores from those that work, 10 × on a busy machine;
     # to sleep and wake up between operations takes long too. So they spin, for some 10 µs.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -58,6 +61,27 @@ def prepare() -> Process:
     _keep_memory()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends no run
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def device() -> "torch.device":
+    """The GPU of this process, from now on the current one; the CPU where there is none.
+
+    DS_ACCELERATOR=cpu, which DeepSpeed reads too, hides all GPUs. Raises FastElectraError if there
+    are fewer of them than processes.
+    """
+    import torch
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    processes = max(rank + 1, _local_world())
+    if processes > gpus:
+        raise FastElectraError(
+            f"{processes} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one for"
+            " each GPU, or all of them on the CPU with DS_ACCELERATOR=cpu"
+        )
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
 
 
 def seconds_since_start() -> float:
@@ -74,6 +98,11 @@ def _keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):  # another libc
         return
+
+
+def _local_world() -> int:
+    """Processes on this machine, as torchrun or `deepspeed` says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def _cores() -> int:

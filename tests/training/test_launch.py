@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from fastelectra.errors import FastElectraError
+from fastelectra.training import launch
 
 NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
@@ -20,3 +24,36 @@ def test_threads_spin_briefly_unless_told_how_to_wait(theirs, expected):
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, env=others | theirs, capture_output=True, text=True, check=True)
     assert run.stdout.split() == expected
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """The numbers of those that were made the current one."""
+    chosen = []
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    return chosen
+
+
+def test_a_process_takes_its_gpu(two_gpus, monkeypatch):
+    assert launch.device() == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launch.device() == torch.device("cuda", 1)
+    assert two_gpus == [0, 1]
+
+
+def test_gpus_can_be_left_alone(two_gpus, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert launch.device() == torch.device("cpu")
+    assert two_gpus == []
+
+
+@pytest.mark.parametrize("place", [{"LOCAL_RANK": "2"}, {"LOCAL_SIZE": "3"}])
+def test_more_processes_than_gpus_are_refused(place, two_gpus, monkeypatch):
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FastElectraError, match="3 processes on a machine with 2 GPUs: start one"):
+        launch.device()
