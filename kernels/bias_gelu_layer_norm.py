@@ -35,7 +35,7 @@ def _forward(
     x = upcast(tl.load(x_ptr + at, inside, 0.0))
     x += upcast(tl.load(bias_ptr + column, column < H, 0.0))[None, :]
     z = gelu(x, x_ptr.dtype.element_ty.primitive_bitwidth > 16)
-    y = layer_norm(z, weight_ptr, ln_bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
+    y = layer_norm(z, weight_ptr, ln_bias_ptr, mean_ptr, rstd_ptr, row, rows, H, BH, EPS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
@@ -58,7 +58,7 @@ def _backward(
         x = upcast(tl.load(x_ptr + at, inside, 0.0)) + bias[None, :]
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
         dz, normed = layer_norm_gradient(
-            dy, gelu(x, EXACT), weight, mean_ptr, rstd_ptr, row, rows, inside, H
+            dy, gelu(x, EXACT), weight, mean_ptr, rstd_ptr, row, rows, H
         )
         dx = dz * gelu_slope(x, EXACT)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)

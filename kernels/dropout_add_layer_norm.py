@@ -54,7 +54,7 @@ def _forward(
     z, at, inside = _sum_before_norm(
         x_ptr, x_bias_ptr, residual_ptr, mask, row, rows, H, BH, THRESHOLD
     )
-    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
+    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, H, BH, EPS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
@@ -78,7 +78,7 @@ def _backward(
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
         if MORE:
             dy += upcast(tl.load(more_ptr + at, inside, 0.0))
-        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
+        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H)
         dx = dropout(dz, mask, row, BH, THRESHOLD)
         tl.store(d_residual_ptr + at, dz.to(d_residual_ptr.dtype.element_ty), inside)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)

@@ -58,7 +58,7 @@ def _forward(
         tokens_ptr, segments_ptr, positions_ptr, word_ptr, segment_ptr, position_ptr, row, rows,
         H, BH,
     )  # fmt: skip
-    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside, H, BH, EPS)
+    y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, H, BH, EPS)
     y = dropout(y, keys(seed_ptr, 0), row, BH, THRESHOLD)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
@@ -84,7 +84,7 @@ def _backward(
         )  # fmt: skip
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
         dy = dropout(dy, mask, row, BH, THRESHOLD)
-        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H)
+        dz, normed = layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), inside)
         second = tl.load(segments_ptr + row, row < rows, 0)[:, None] == 1
         d_weight += dy * normed

@@ -72,30 +72,34 @@ def gelu_slope(x, EXACT: tl.constexpr):
 
 
 @jit
-def layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, inside,
+def layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows,
                H: tl.constexpr, BH: tl.constexpr, EPS: tl.constexpr):  # fmt: skip
-    """LayerNorm of z [R, BH]; leaves each row's mean and 1/deviation in memory."""
-    mean = tl.sum(tl.where(inside, z, 0.0), 1) / H
-    centred = tl.where(inside, z - mean[:, None], 0.0)
+    """LayerNorm of z [R, BH], 0 from H on; leaves each row's mean and 1/deviation in memory."""
+    column = tl.arange(0, BH)
+    mean = tl.sum(z, 1) / H
+    centred = z - mean[:, None]
+    if BH > H:
+        centred = tl.where((column < H)[None, :], centred, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + EPS)
     tl.store(mean_ptr + row, mean, row < rows)
     tl.store(rstd_ptr + row, rstd, row < rows)
-    column = tl.arange(0, BH)
     weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
     bias = upcast(tl.load(bias_ptr + column, column < H, 0.0))
     return centred * rstd[:, None] * weight[None, :] + bias[None, :]
 
 
 @jit
-def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, inside, H: tl.constexpr):
-    """Gradient of z [R, BH], and z normalised, from dy = gradient of layer_norm(z); 0 outside."""
+def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H: tl.constexpr):
+    """Gradient of z [R, BH], and z normalised, from dy = gradient of layer_norm(z).
+
+    Where there is no element dy and weight are 0, and what comes out is a number to pass over; it
+    is 0 where there is no row.
+    """
     rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
     normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
-    normed = tl.where(inside, normed, 0.0)
     scaled = dy * weight[None, :]
     along = tl.sum(scaled * normed, 1)[:, None] / H
-    dz = (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd
-    return tl.where(inside, dz, 0.0), normed
+    return (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd, normed
 
 
 @jit
