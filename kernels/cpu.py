@@ -4,9 +4,11 @@ A loop gets the rows [start, stop) that are its part of the work, and computes i
 bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops into vector code.
 """
 
+import fcntl
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -50,9 +52,25 @@ try:
         """Compile a loop, or a function of loops."""
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, CACHE
         try:
-            return numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
+            compiled = numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
         finally:
             numba.config.CACHE_DIR = before
+        if CACHE:
+            compiled._cache.save_overload = _alone(compiled._cache.save_overload)
+        return compiled
+
+    def _alone(save):
+        """Save compiled code while no other process does: two at once, for other types or another
+        CPU, could leave one's code under the other's name. What cannot be saved is compiled again.
+        """
+
+        def save_alone(*arguments):
+            with suppress(OSError), open(Path(CACHE, "lock"), "w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                save(*arguments)
+
+        return save_alone
 
     class _BFloat(ir.Type):
         """LLVM's bf16, which llvmlite has no name for."""

@@ -292,3 +292,42 @@ def test_loops_compiled_anew_and_from_the_cache_give_the_same_bits(tmp_path):
     ]  # fmt: skip
     assert list(tmp_path.glob(".cache/fastelectra/loops/*"))
     assert runs[0] == runs[1]
+
+
+SLOW = """
+import sys, time
+import numpy as np
+from numba.core.caching import IndexDataCacheFile
+load = IndexDataCacheFile._load_index
+
+def load_slowly(self):
+    found = load(self)
+    time.sleep(1)
+    return found
+
+IndexDataCacheFile._load_index = load_slowly
+from fastelectra.kernels import cpu
+cpu.flush(np.ones(2, np.float32), np.ones(2, sys.argv[1]))
+"""
+
+
+def test_two_processes_at_once_keep_the_code_of_both(tmp_path):
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, kind], env={**os.environ, "HOME": str(tmp_path)}
+        )
+        for kind in ("float32", "float64")
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    assert len(list(tmp_path.glob("**/*flush*.nbc"))) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_its_time_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpu, "CACHE", str(tmp_path / "gone"))
+    cpu._alone(lambda *_: pytest.fail("saved without a lock"))()
+    monkeypatch.setattr(cpu, "CACHE", str(tmp_path))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    cpu._alone(full)()
