@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 SENTENCE ?= the president of the united states sent a message to the congress
-HAS_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
+HAS_GPU = $(BIN)/python -c 'import sys; from fastelectra.training import launch; \
+  sys.exit(launch.device().type == "cpu")'
 
 .PHONY: demo test
 
@@ -34,8 +35,8 @@ test: $(VENV)/.installed-dev
 	CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu \
 	  $(BIN)/python -m pytest --hypothesis-profile=ci -n 2 --dist loadfile
 	@if $(HAS_GPU); \
-	then set -- tests/training/test_graphs.py tests/tasks/test_step.py; \
-	else export TRITON_INTERPRET=1; set --; fi; \
+	then echo on the GPU; set -- tests/training/test_graphs.py tests/tasks/test_step.py; \
+	else echo "in Triton's interpreter"; export TRITON_INTERPRET=1; set --; fi; \
 	$(BIN)/python -m pytest -n 2 tests/kernels/executed "$$@"
 
 $(BIN)/python:

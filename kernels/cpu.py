@@ -7,8 +7,9 @@ bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops i
 import fcntl
 import hashlib
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -55,22 +56,35 @@ try:
             compiled = numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
         finally:
             numba.config.CACHE_DIR = before
-        if CACHE:
+        if CACHE and not numba.config.DISABLE_JIT:
             compiled._cache.save_overload = _alone(compiled._cache.save_overload)
         return compiled
 
     def _alone(save):
         """Save compiled code while no other process does: two at once, for other types or another
-        CPU, could leave one's code under the other's name. What cannot be saved is compiled again.
+        CPU, could leave one's code under the other's name.
         """
 
         def save_alone(*arguments):
-            with suppress(OSError), open(Path(CACHE, "lock"), "w") as lock:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                save(*arguments)
+            try:
+                with open(Path(CACHE, "lock"), "w") as lock, _held(lock):
+                    save(*arguments)
+            except OSError as error:
+                warnings.warn(f"{CACHE}: {error.strerror}: loops compiled now are compiled again"
+                              " at the next start", stacklevel=2)  # fmt: skip
 
         return save_alone
+
+    @contextmanager
+    def _held(lock):
+        """The lock of an open file, on file systems that have locks."""
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # a process forked meanwhile would keep it
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     class _BFloat(ir.Type):
         """LLVM's bf16, which llvmlite has no name for."""

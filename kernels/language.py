@@ -92,8 +92,8 @@ def layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows,
 def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H: tl.constexpr):
     """Gradient of z [R, BH], and z normalised, from dy = gradient of layer_norm(z).
 
-    Where there is no element dy and weight are 0, and what comes out is a number to pass over; it
-    is 0 where there is no row.
+    dy is 0 where there is no element, weight [BH] from H on. What comes out there is to be passed
+    over; it is 0 where there is no row.
     """
     rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
     normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd

@@ -52,7 +52,8 @@ def prepare() -> Process:
     deepspeed = b"deepspeed.launcher.launch" in _command_of(os.getppid())
     if deepspeed or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(deepspeed,), daemon=True).start()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _local_world())))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
     # Threads that spin while they wait take the cores from those that work, 10 × on a busy machine;
     # to sleep and wake up between operations takes long too. So they spin, for some 10 µs.
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -66,18 +67,17 @@ def prepare() -> Process:
 def device() -> "torch.device":
     """The GPU of this process, from now on the current one; the CPU where there is none.
 
-    DS_ACCELERATOR=cpu, which DeepSpeed reads too, hides all GPUs. Raises FastElectraError if there
-    are fewer of them than processes.
+    DS_ACCELERATOR=cpu, which DeepSpeed reads too, hides all GPUs. Raises FastElectraError if those
+    that this process sees are too few.
     """
     import torch
 
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    processes = max(rank + 1, _local_world())
-    if processes > gpus:
+    if rank >= gpus:
         raise FastElectraError(
-            f"{processes} processes on a machine with {gpus} GPU{'s' * (gpus > 1)}: start one for"
+            f"process {rank + 1} of this machine sees {gpus} GPU{'s' * (gpus > 1)}: start one for"
             " each GPU, or all of them on the CPU with DS_ACCELERATOR=cpu"
         )
     torch.cuda.set_device(rank)
@@ -98,11 +98,6 @@ def _keep_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):  # another libc
         return
-
-
-def _local_world() -> int:
-    """Processes on this machine, as torchrun or `deepspeed` says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def _cores() -> int:

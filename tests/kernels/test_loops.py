@@ -283,11 +283,16 @@ print(hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexd
 """
 
 
+def at_home(folder):
+    """The environment of a user whose home it is."""
+    return {**os.environ, "HOME": str(folder), "NUMBA_CACHE_DIR": ""}
+
+
 def test_loops_compiled_anew_and_from_the_cache_give_the_same_bits(tmp_path):
     command = [sys.executable, "-c", BITS, os.path.dirname(__file__)]
     runs = [
-        subprocess.run(command, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True,
-                       text=True, check=True).stdout
+        subprocess.run(command, env=at_home(tmp_path), capture_output=True, text=True,
+                       check=True).stdout
         for _ in range(2)
     ]  # fmt: skip
     assert list(tmp_path.glob(".cache/fastelectra/loops/*"))
@@ -313,9 +318,7 @@ cpu.flush(np.ones(2, np.float32), np.ones(2, sys.argv[1]))
 
 def test_two_processes_at_once_keep_the_code_of_both(tmp_path):
     runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", SLOW, kind], env={**os.environ, "HOME": str(tmp_path)}
-        )
+        subprocess.Popen([sys.executable, "-c", SLOW, kind], env=at_home(tmp_path))
         for kind in ("float32", "float64")
     ]
     assert [run.wait() for run in runs] == [0, 0]
@@ -324,10 +327,12 @@ def test_two_processes_at_once_keep_the_code_of_both(tmp_path):
 
 def test_a_cache_that_cannot_be_written_costs_its_time_only(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "CACHE", str(tmp_path / "gone"))
-    cpu._alone(lambda *_: pytest.fail("saved without a lock"))()
+    with pytest.warns(UserWarning, match="gone: No such file or directory: loops"):
+        cpu._alone(lambda *_: pytest.fail("saved without a lock"))()
     monkeypatch.setattr(cpu, "CACHE", str(tmp_path))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    cpu._alone(full)()
+    with pytest.warns(UserWarning, match="No space left on device"):
+        cpu._alone(full)()

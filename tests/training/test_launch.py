@@ -30,7 +30,7 @@ def test_threads_spin_briefly_unless_told_how_to_wait(theirs, expected):
 def two_gpus(monkeypatch):
     """The numbers of those that were made the current one."""
     chosen = []
-    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -51,9 +51,14 @@ def test_gpus_can_be_left_alone(two_gpus, monkeypatch):
     assert two_gpus == []
 
 
-@pytest.mark.parametrize("place", [{"LOCAL_RANK": "2"}, {"LOCAL_SIZE": "3"}])
-def test_more_processes_than_gpus_are_refused(place, two_gpus, monkeypatch):
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(FastElectraError, match="3 processes on a machine with 2 GPUs: start one"):
+def test_a_process_without_a_gpu_is_refused(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(FastElectraError, match="process 3 of this machine sees 2 GPUs: start one"):
         launch.device()
+    assert two_gpus == []
+
+
+def test_a_launcher_may_show_each_process_its_gpu_only(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert launch.device() == torch.device("cuda", 0)
