@@ -9,7 +9,7 @@ import hashlib
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -67,24 +67,15 @@ try:
 
         def save_alone(*arguments):
             try:
-                with open(Path(CACHE, "lock"), "w") as lock, _held(lock):
+                with open(Path(CACHE, "lock"), "w") as lock:
+                    with suppress(OSError):  # a file system without locks
+                        fcntl.flock(lock, fcntl.LOCK_EX)
                     save(*arguments)
             except OSError as error:
                 warnings.warn(f"{CACHE}: {error.strerror}: loops compiled now are compiled again"
                               " at the next start", stacklevel=2)  # fmt: skip
 
         return save_alone
-
-    @contextmanager
-    def _held(lock):
-        """The lock of an open file, on file systems that have locks."""
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # a process forked meanwhile would keep it
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)
 
     class _BFloat(ir.Type):
         """LLVM's bf16, which llvmlite has no name for."""

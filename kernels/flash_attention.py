@@ -210,7 +210,7 @@ def _backward_of_queries(
 @jit
 def _slopes_of_keys(
     k, v, key, counter, dk, dv, q_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first, length, width,
-    stride, nothing, first_key, second_key, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
+    step, nothing, first_key, second_key, D: tl.constexpr, BD: tl.constexpr, BQ: tl.constexpr,
     FACTOR: tl.constexpr, THRESHOLD: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys, not yet multiplied by ROOT, and values, nor these by SCALE, after BQ more
@@ -231,7 +231,6 @@ def _slopes_of_keys(
     weights = p
     if THRESHOLD:
         place = tl.arange(0, BQ)
-        step = stride.to(tl.uint32) * dropout_mask.GOLDEN
         counters = counter[:, None] + _counter(first + start, place, step)[None, :]
         kept = _kept(counters, place[None, :], key[:, None], first_key, second_key, THRESHOLD)
         weights = tl.where(kept, p, nothing)
@@ -269,6 +268,7 @@ def _backward_of_keys(
     v = _rows(qkv_ptr + 2 * width, key, length, 3 * width, D, BD, True)
     counters_start, first_key, second_key = dropout_mask.keys(seed_ptr, head)
     counter = _counter(tile * BK, place, dropout_mask.GOLDEN) + counters_start
+    step = stride.to(tl.uint32) * dropout_mask.GOLDEN
     dk = tl.zeros([BK, BD], ACC)
     dv = tl.zeros([BK, BD], ACC)
     whole = length // BQ * BQ
@@ -276,7 +276,7 @@ def _backward_of_keys(
         for start in range(cut * whole, length if cut else whole, BQ):
             dk, dv = _slopes_of_keys(
                 k, v, place, counter, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
-                length, width, stride, nothing, first_key, second_key,
+                length, width, step, nothing, first_key, second_key,
                 D, BD, BQ, FACTOR, THRESHOLD, cut,
             )  # fmt: skip
     _write(d_qkv_ptr + width, sums_ptr + width, dk * ROOT, key, length, 3 * width, D, BD)

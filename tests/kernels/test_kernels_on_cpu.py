@@ -1,5 +1,6 @@
 """Every op on CPU tensors: the PyTorch path, and the choice of the path."""
 
+import os
 import subprocess
 import sys
 
@@ -258,3 +259,8 @@ print(kernels.describe(torch.device("cuda")))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert "triton is not installed" in run.stdout
+
+
+def test_imports_where_numba_compiles_nothing():
+    command = [sys.executable, "-c", "import fastelectra.kernels"]
+    subprocess.run(command, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, check=True)
