@@ -4,6 +4,7 @@ A loop gets the rows [start, stop) that are its part of the work, and computes i
 bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops into vector code.
 """
 
+import ctypes
 import fcntl
 import hashlib
 import os
@@ -32,14 +33,31 @@ try:
     from numba.core.codegen import get_host_cpu_features
     from numba.extending import intrinsic, overload
 
+    def _may_use_amx() -> bool:
+        """Ask Linux for this process' AMX registers, which it gives to those that ask."""
+        request, tile_data, arch_prctl = 0x1023, 18, 158
+        try:
+            return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+        except (OSError, AttributeError):
+            return False
+
+    # of what numba compiles for, which may have been asked to be less than this CPU
+    _FEATURES = set()
+    if not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
+        _FEATURES.update(get_host_cpu_features().split(","))
+        if "+avx512f" in _FEATURES:  # of which LLVM takes half on Intel's CPUs unless told
+            numba.config.CPU_FEATURES = ",".join([*sorted(_FEATURES), "-prefer-256-bit"])
+    HAS_BF16 = "+avx512bf16" in _FEATURES
+    HAS_AMX = HAS_BF16 and "+amx-bf16" in _FEATURES and _may_use_amx()
+
     def _cache_folder() -> str:
         """Where compiled loops are kept; empty where no folder can be made.
 
         One for each state of the sources: numba looks at the file of a function, not at those of
-        the functions it calls.
+        the functions it calls; nor does it know whether AMX may be used.
         """
-        sources = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py")))
-        state = hashlib.sha256(sources).hexdigest()[:16]
+        sources = [p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))]
+        state = hashlib.sha256(b"".join([*sources, bytes([HAS_AMX])])).hexdigest()[:16]
         try:
             root = Path(numba.config.CACHE_DIR or Path.home() / ".cache/fastelectra/loops")
             (root / state).mkdir(parents=True, exist_ok=True)
@@ -90,13 +108,9 @@ try:
             return hash(_BFloat)
 
     BFLOAT = _BFloat()
-    # of what numba compiles for, which may have been asked to be less than this CPU
-    HAS_BF16 = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and (
-        "+avx512bf16" in get_host_cpu_features()
-    )
 
 except ImportError:  # the loops are then never called
-    numba = ir = BFLOAT = HAS_BF16 = None
+    numba = ir = BFLOAT = HAS_BF16 = HAS_AMX = None
 
     def loop(function):
         """Leave the function as it is."""
@@ -197,6 +211,15 @@ def _(x):
     if isinstance(x, numba.types.Float):
         return lambda x: x
     return lambda x: as_float(np.uint32(x) << np.uint32(16))
+
+
+@loop
+def widened(vector):
+    """A vector as fp32, a new one."""
+    wide = np.empty(len(vector), np.float32)
+    for i in range(len(vector)):
+        wide[i] = widen(vector[i])
+    return wide
 
 
 def narrow(x, like):

@@ -4,16 +4,18 @@ fp32 operands are multiplied number by number. bf16 on a CPU with avx512_bf16 is
 pairs: one instruction adds both products to an fp32 sum, which is twice as fast. An operand in
 pairs is uint32, each two neighbours of a row (`along`) or of a column (`down`); of an odd number
 the last is paired with 0. A product takes a left operand `along` and a right one `down`, both in
-the order of the dimension that it adds over; a left one that is `down` is used transposed.
+the order of the dimension that it adds over; a left one that is `down` is used transposed. On a CPU
+with AMX pairs are multiplied in its tiles, 16 by 16 pairs by 16 at once.
 
-Operands and results have room for rows in fours and columns in 32s: what is beyond those asked for
-means nothing.
+Operands and results have room for rows and columns in 32s: what is beyond those asked for means
+nothing, but what a product adds over is followed by zeros.
 """
 
 import numpy as np
 
 from .cpu import (
     BFLOAT,
+    HAS_AMX,
     HAS_BF16,
     OPTIONS,
     ZERO,
@@ -22,7 +24,6 @@ from .cpu import (
     loop,
     numba,
     overload,
-    to_bf16,
     widen,
 )
 
@@ -46,8 +47,8 @@ def operand(like, rows, columns):
 @overload(operand, jit_options=OPTIONS)
 def _(like, rows, columns):
     if _in_pairs(like):
-        return lambda like, rows, columns: np.zeros((_room(rows), _room(columns)), np.uint32)
-    return lambda like, rows, columns: np.zeros((_room(rows), _room(columns)), np.float32)
+        return lambda like, rows, columns: np.zeros((_room(rows), _room(columns) + 16), np.uint32)
+    return lambda like, rows, columns: np.zeros((_room(rows), _room(columns) + 16), np.float32)
 
 
 @loop
@@ -66,6 +67,12 @@ def _of_kind(numbers, pairs):
         return pairs if _in_pairs(operand) else numbers
 
     return chosen
+
+
+@loop
+def _end_down(operand, rows, columns):
+    """Zeros after [rows, columns] of an operand `down`, to a whole tile's."""
+    operand[(rows + 1) // 2 : (rows + 31) // 32 * 16, :columns] = 0
 
 
 @loop
@@ -158,12 +165,12 @@ def _copy_transposed(operand, x, rows, columns, first=0, column=0):
 
 
 def _pair_along(operand, x, rows, columns, first=0, column=0):
+    out = entries(operand)
     for i in range(rows):
         row = x[first + i, column : column + columns]
-        for j in range(columns // 2):
-            operand[i, j] = _pair(row[2 * j], row[2 * j + 1])
-        if columns % 2:
-            operand[i, columns // 2] = row[columns - 1]
+        for j in range(columns):
+            out[i, j] = row[j]
+    end_along(operand, rows, columns)
 
 
 def _pair_along_transposed(operand, x, rows, columns, first=0, column=0):
@@ -175,6 +182,7 @@ def _pair_along_transposed(operand, x, rows, columns, first=0, column=0):
         if columns % 2:
             for i in range(len(part)):
                 operand[columns // 2, block + i] = part[i, columns - 1]
+    _end_down(operand, columns, rows)
 
 
 def _pair_down(operand, x, rows, columns, first=0, column=0):
@@ -187,29 +195,25 @@ def _pair_down(operand, x, rows, columns, first=0, column=0):
         low = x[first + rows - 1, column : column + columns]
         for j in range(columns):
             operand[rows // 2, j] = low[j]
+    _end_down(operand, rows, columns)
 
 
-def _same(operand, x, rows, columns, first=0, column=0):
-    return x
+def entries(operand):
+    """The numbers of an operand `along`, in its memory."""
+    raise TypeError("a function of compiled loops")
 
 
-def _narrowed_along(operand, x, rows, columns, first=0, column=0):
-    for i in range(rows):
-        for j in range(columns // 2):
-            operand[i, j] = _pair(to_bf16(x[i, 2 * j]), to_bf16(x[i, 2 * j + 1]))
-        if columns % 2:
-            operand[i, columns // 2] = to_bf16(x[i, columns - 1])
-    return operand
+@overload(entries, jit_options=OPTIONS)
+def _(operand):
+    if _in_pairs(operand):
+        return lambda operand: operand.view(np.uint16)
+    return lambda operand: operand
 
 
-def _narrowed_down(operand, x, rows, columns, first=0, column=0):
-    for i in range(rows // 2):
-        for j in range(columns):
-            operand[i, j] = _pair(to_bf16(x[2 * i, j]), to_bf16(x[2 * i + 1, j]))
-    if rows % 2:
-        for j in range(columns):
-            operand[rows // 2, j] = to_bf16(x[rows - 1, j])
-    return operand
+@loop
+def end_along(operand, rows, columns):
+    """Zeros after [rows, columns] of an operand `along`, to a whole tile's."""
+    entries(operand)[:rows, columns : (columns + 31) // 32 * 32] = 0
 
 
 # Fill an operand with rows of x from `first` on, and columns from `column` on; x is like the array
@@ -217,9 +221,18 @@ def _narrowed_down(operand, x, rows, columns, first=0, column=0):
 take_along = _of_kind(_copy, _pair_along)
 take_down = _of_kind(_copy, _pair_down)
 take_transposed = _of_kind(_copy_transposed, _pair_along_transposed)  # of x; `down`
-# x[:rows, :columns] in fp32 as an operand: x itself, or the given one filled with it
-as_along = _of_kind(_same, _narrowed_along)
-as_down = _of_kind(_same, _narrowed_down)
+
+
+def _same(operand, x, rows, columns, first=0, column=0):
+    return x
+
+
+def _turned(operand, x, rows, columns, first=0, column=0):
+    take_down(operand, entries(x), rows, columns, first, column)
+    return operand
+
+
+as_down = _of_kind(_same, _turned)  # x, `along`, as one `down`: itself, or the given one filled
 
 
 @intrinsic
@@ -296,6 +309,92 @@ def _add_tile(typing, kind, out, out_step, c, c_row, c_step, x, x_step, depth):
     return numba.void(kind, *[numba.int64] * 8), generate
 
 
+# An AMX configuration: eight tiles of 16 rows of 64 bytes
+TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
+AMX = {"ldtilecfg": "p", "tilerelease": "", "tileloadd64": "tps", "tilestored64": "tps",
+       "tdpbf16ps": "ttt"}  # fmt: skip
+
+
+def _amx(builder, name, *arguments):
+    """An instruction on tiles t, by their numbers, pointers p, and bytes s from row to row."""
+    byte = ir.IntType(8)
+    kinds = {"t": byte, "p": byte.as_pointer(), "s": ir.IntType(64)}
+    kind = ir.FunctionType(ir.VoidType(), [kinds[letter] for letter in AMX[name]])
+    name = f"llvm.x86.{name}"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, [byte(a) if isinstance(a, int) else a for a in arguments])
+
+
+@intrinsic
+def _begin_tiles(typing):
+    """Set up this thread's tiles."""
+
+    def generate(context, builder, signature, arguments):
+        _amx(builder, "ldtilecfg", context.insert_const_bytes(builder.module, TILES, "tiles"))
+        return context.get_dummy_value()
+
+    return numba.void(), generate
+
+
+@intrinsic
+def _end_tiles(typing):
+    """Give this thread's tiles back."""
+
+    def generate(context, builder, signature, arguments):
+        _amx(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return numba.void(), generate
+
+
+@intrinsic
+def _add_block(typing, out, out_step, c, c_step, x, x_step, steps):
+    """out [32, 32] += c [32, 16 steps] @ x [16 steps, 32] in tiles, where c and x are pairs.
+
+    All three as addresses, and the bytes from row to row.
+    """
+
+    def generate(context, builder, signature, arguments):
+        out, out_step, c, c_step, x, x_step, steps = arguments
+        integer = out.type
+        totals, left, right = ((0, 1), (2, 3)), (4, 5), (6, 7)
+
+        def pointer(address, step, rows, offset):
+            address = builder.add(address, builder.mul(step, integer(rows)))
+            address = builder.add(address, integer(offset))
+            return builder.inttoptr(address, ir.IntType(8).as_pointer())
+
+        def on_totals(name):
+            for i in range(2):
+                for j in range(2):
+                    place = pointer(out, out_step, 16 * i, 64 * j)
+                    _amx(builder, name, totals[i][j], place, out_step)
+
+        on_totals("tileloadd64")
+        before = builder.block
+        body, after = (builder.append_basic_block(name) for name in ("products", "stores"))
+        builder.branch(body)
+        builder.position_at_end(body)
+        k = builder.phi(integer)
+        k.add_incoming(integer(0), before)
+        c = builder.add(c, builder.mul(k, integer(64)))
+        x = builder.add(x, builder.mul(k, builder.mul(x_step, integer(16))))
+        for i in range(2):
+            _amx(builder, "tileloadd64", left[i], pointer(c, c_step, 16 * i, 0), c_step)
+            _amx(builder, "tileloadd64", right[i], pointer(x, x_step, 0, 64 * i), x_step)
+        for i in range(2):
+            for j in range(2):
+                _amx(builder, "tdpbf16ps", totals[i][j], left[i], right[j])
+        following = builder.add(k, integer(1))
+        k.add_incoming(following, body)
+        builder.cbranch(builder.icmp_signed("<", following, steps), body, after)
+        builder.position_at_end(after)
+        on_totals("tilestored64")
+        return context.get_dummy_value()
+
+    return numba.void(*[numba.int64] * 7), generate
+
+
 @loop
 def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     """`add_product` to zeros."""
@@ -303,16 +402,47 @@ def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
 
 
-@loop
 def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
 
     transposed: c[first : first + depth, :rows]ᵀ instead, where c is `down`. out is fp32; x_first is
     even.
     """
+    raise TypeError("a function of compiled loops")
+
+
+@overload(add_product, jit_options=OPTIONS)
+def _(out, c, first, transposed, x, x_first, rows, depth, columns):
+    return _add_in_tiles if HAS_AMX and _in_pairs(c) else _add_in_vectors
+
+
+def _add_in_tiles(out, c, first, transposed, x, x_first, rows, depth, columns):
+    steps = (depth + 31) // 32
+    c_step, x_step, out_step = 4 * c.shape[1], 4 * x.shape[1], 4 * out.shape[1]
+    c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * c_step
+    x_address = x.ctypes.data + _depth(x, x_first) * x_step
+    turned = np.empty((32, 16 * steps if transposed else 1), np.uint32)
+    turned_step = 4 * turned.shape[1]
+    _begin_tiles()
+    for i in range(0, rows, 32):
+        left, left_step = c_address + i * c_step, c_step
+        if transposed:
+            left, left_step = turned.ctypes.data, turned_step
+            for k in range(0, 16 * steps, 16):
+                for row in range(0, 32, 16):
+                    place = left + row * turned_step + 4 * k
+                    block = c_address + k * c_step + 4 * (i + row)
+                    _transpose_tile(place, turned_step, block, c_step)
+        for j in range(0, columns, 32):
+            total = out.ctypes.data + i * out_step + 4 * j
+            _add_block(total, out_step, left, left_step, x_address + 4 * j, x_step, steps)
+    _end_tiles()
+
+
+def _add_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns):
     item, width = c.itemsize, c.shape[1] * c.itemsize
     c_row, c_step = (item, width) if transposed else (width, item)
-    c_address = c.ctypes.data + first * width
+    c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * width
     x_address = x.ctypes.data + _depth(x, x_first) * x.shape[1] * item
     for j in range(0, columns, TILE[1]):
         for i in range(0, rows, TILE[0]):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import ONE, ZERO, drop, flush, loop, narrow, widen
+from .cpu import ONE, ZERO, drop, flush, loop, narrow, widen, widened
 from .dispatch import fused, operation, use_triton
 from .dropout_mask import dropout, dropping, keys, make_keys, row_numbers, threshold
 from .language import (
@@ -26,6 +26,8 @@ from .language import (
     tl,
     upcast,
 )
+
+ROWS = 8  # at a time on a CPU, so that one row's sums do not wait for the other's
 
 
 @jit
@@ -92,72 +94,82 @@ def _backward(
 
 
 @loop
-def _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z):
-    """z [H] = dropout(x + x_bias) + residual of one row, and its mean."""
-    if threshold:
-        row_numbers(row, mask, bits)
-        for j in range(len(z)):
-            z[j] = drop(widen(x[row, j]) + widen(x_bias[j]), bits[j], threshold, scale)
-    else:
-        for j in range(len(z)):
-            z[j] = widen(x[row, j]) + widen(x_bias[j])
-    total = ZERO
-    for j in range(len(z)):
-        z[j] += widen(residual[row, j])
-        total += z[j]
-    return total / np.float32(len(z))
+def _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, means):
+    """Rows of dropout(x + x_bias) + residual from `first` on → z [rows, H], means [rows]."""
+    size = z.shape[1]
+    for i in range(rows):
+        row, total = first + i, ZERO
+        if threshold:
+            row_numbers(row, mask, bits[i])
+            for j in range(size):
+                kept = drop(widen(x[row, j]) + x_bias[j], bits[i, j], threshold, scale)
+                z[i, j] = kept + widen(residual[row, j])
+                total += z[i, j]
+        else:
+            for j in range(size):
+                z[i, j] = widen(x[row, j]) + x_bias[j] + widen(residual[row, j])
+                total += z[i, j]
+        means[i] = total / np.float32(size)
 
 
 @loop
 def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y, mean, rstd,
                   width, threshold, scale, eps):  # fmt: skip
-    z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
-    mask = make_keys(seed, 0)
-    for row in range(start, stop):
-        middle = _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z)
-        square = ZERO
-        for j in range(len(z)):
-            z[j] -= middle
-            square += z[j] * z[j]
-        deviation = ONE / np.sqrt(square / np.float32(len(z)) + eps)
-        for j in range(len(z)):
-            y[row, j] = narrow(z[j] * deviation * widen(weight[j]) + widen(bias[j]), y)
-        mean[row], rstd[row] = middle, deviation
+    size, mask = x.shape[1], make_keys(seed, 0)
+    x_bias, weight, bias = widened(x_bias), widened(weight), widened(bias)
+    z, bits = np.empty((ROWS, size), np.float32), np.empty((ROWS, width), np.uint32)
+    for first in range(start, stop, ROWS):
+        rows = min(ROWS, stop - first)
+        means, deviations = mean[first : first + rows], rstd[first : first + rows]
+        _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, means)
+        for i in range(rows):
+            middle, square = means[i], ZERO
+            for j in range(size):
+                z[i, j] -= middle
+                square += z[i, j] * z[i, j]
+            deviations[i] = ONE / np.sqrt(square / np.float32(size) + eps)
+        for i in range(rows):
+            row, deviation = first + i, deviations[i]
+            for j in range(size):
+                y[row, j] = narrow(z[i, j] * deviation * weight[j] + bias[j], y)
 
 
 @loop
 def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, seed, mean, rstd, dx,
                    d_residual, sums, width, threshold, scale):  # fmt: skip
-    z, bits = np.empty(x.shape[1], np.float32), np.empty(width, np.uint32)
-    mask = make_keys(seed, 0)
-    scaled, d_x_bias = np.empty_like(z), np.zeros_like(z)
-    d_weight, d_bias = np.zeros_like(z), np.zeros_like(z)
-    for row in range(start, stop):
-        _sum_row(x, x_bias, residual, row, mask, bits, threshold, scale, z)
-        middle, deviation = mean[row], rstd[row]
-        total, along = ZERO, ZERO
-        for j in range(len(z)):
-            scaled[j] = widen(dy[row, j])
-        if len(more):
-            for j in range(len(z)):
-                scaled[j] += widen(more[row, j])
-        for j in range(len(z)):
-            slope = scaled[j]
-            z[j] = (z[j] - middle) * deviation
-            d_weight[j] += slope * z[j]
-            d_bias[j] += slope
-            scaled[j] = slope * widen(weight[j])
-            total += scaled[j]
-            along += scaled[j] * z[j]
-        total /= np.float32(len(z))
-        along /= np.float32(len(z))
-        for j in range(len(z)):
-            dz = (scaled[j] - total - z[j] * along) * deviation
-            d_residual[row, j] = narrow(dz, d_residual)
-            dz = drop(dz, bits[j], threshold, scale) if threshold else dz
-            dx[row, j] = narrow(dz, dx)
-            d_x_bias[j] += dz
-        if row % 64 == 63 or row == stop - 1:
+    size, mask = x.shape[1], make_keys(seed, 0)
+    x_bias, weight = widened(x_bias), widened(weight)
+    z, bits = np.empty((ROWS, size), np.float32), np.empty((ROWS, width), np.uint32)
+    slopes, (totals, alongs) = np.empty_like(z), np.empty((2, ROWS), np.float32)
+    d_x_bias, d_weight, d_bias = np.zeros((3, size), np.float32)
+    for first in range(start, stop, ROWS):
+        rows = min(ROWS, stop - first)
+        _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, totals)
+        for i in range(rows):
+            row, total, along = first + i, ZERO, ZERO
+            middle, deviation = mean[row], rstd[row]
+            for j in range(size):
+                slopes[i, j] = widen(dy[row, j])
+            if len(more):
+                for j in range(size):
+                    slopes[i, j] += widen(more[row, j])
+            for j in range(size):
+                z[i, j] = (z[i, j] - middle) * deviation
+                total += slopes[i, j] * weight[j]
+                along += slopes[i, j] * weight[j] * z[i, j]
+            for j in range(size):
+                d_weight[j] += slopes[i, j] * z[i, j]
+                d_bias[j] += slopes[i, j]
+            totals[i], alongs[i] = total / np.float32(size), along / np.float32(size)
+        for i in range(rows):
+            row, total, along, deviation = first + i, totals[i], alongs[i], rstd[first + i]
+            for j in range(size):
+                dz = (slopes[i, j] * weight[j] - total - z[i, j] * along) * deviation
+                d_residual[row, j] = narrow(dz, d_residual)
+                dz = drop(dz, bits[i, j], threshold, scale) if threshold else dz
+                dx[row, j] = narrow(dz, dx)
+                d_x_bias[j] += dz
+        if first // ROWS % 8 == 7 or first + rows == stop:
             flush(d_x_bias, sums[part, 0])
             flush(d_weight, sums[part, 1])
             flush(d_bias, sums[part, 2])

@@ -2,9 +2,9 @@
 
 PyTorch's way on a CPU pads the sequences to rows of one length, holds the [L, L] probabilities of
 each head several times over, and draws the dropout mask one number after another. Here a head's
-keys and values are copied to the cache once and four rows of scores at a time never leave it: no
-padding, nothing of size L² kept, the mask drawn again in backward. Scores are fp32, as
-FlashAttention's.
+keys and values are copied to the cache once and some rows of scores at a time never leave it: no
+padding, nothing of size L² kept, the mask drawn again in backward. Scores are fp32, and backward
+takes Σ d_p p from Σ d_out out, as FlashAttention does.
 """
 
 import numpy as np
@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, flash_attention
-from .cpu import INFINITY, LOG2_E, ONE, ZERO, exp2, largest, loop, narrow
+from .cpu import LOG2_E, ONE, ZERO, exp2, largest, loop, narrow, widen
 from .cpu_matmul import (
     add_product,
-    as_along,
     as_down,
+    end_along,
+    entries,
     fetch,
     operand,
     set_product,
@@ -28,7 +29,7 @@ from .dispatch import fused, operation, use_triton
 from .dropout_mask import dropping, factor_of, make_keys, mixed, step
 from .split_qkv import split_qkv_reference
 
-ROWS = 32  # of scores at a time
+ROWS = 64  # of scores at a time
 
 
 @loop
@@ -42,43 +43,60 @@ def _columns(length):
 
 
 @loop
-def _weigh(row, length, scale, counter, steps, factors, mask, threshold):
-    """Multiply length probabilities by scale, by -scale where flash_attention._kept drops them."""
-    for j in range(length):
-        x = np.uint32(mixed(counter + steps[j], mask[1], mask[2]) * factors[j])
-        row[j] *= scale if x >= threshold else -scale
+def _draw(numbers, rows, length, first, place, mask, columns, stride):
+    """Fill numbers [rows, length] with those that flash_attention._kept compares to a threshold.
+
+    first: of the sequence; place: of the first query in it, a multiple of 16.
+    """
+    steps, factors = columns
+    for i in range(rows):
+        if not i & 8:
+            counter = mask[0] + step((first + place + i) * stride)
+            near, far = numbers[i], numbers[i + 8]
+            for j in range(length):
+                x = mixed(counter + steps[j], mask[1], mask[2])
+                near[j], far[j] = np.uint32(x * factors[0, j]), np.uint32(x * factors[1, j])
 
 
 @loop
-def _probabilities(
-    scores, rows, length, root, lse, first, place, head, mask, columns, stride, threshold
-):
-    """Products of queries and keys [rows, length] → probabilities, those to drop negative.
+def _weigh(scores, rows, length, factor, numbers, threshold, weights, tops, totals):
+    """Fill weights [rows, length] with 2^(score · factor - top), but 0 where dropped.
 
-    first: of the sequence; place: of the first query in it. An infinite lse is computed.
+    tops and totals [rows] become top, the largest of a row, and the sum with those dropped.
     """
-    factor = root * LOG2_E
     for i in range(rows):
-        query, scale = place + i, ONE
-        row = first + query
-        if lse[head, row] == INFINITY:
-            top, total = largest(scores[i], length) * factor, ZERO
-            for j in range(length):
-                scores[i, j] = exp2(scores[i, j] * factor - top)
-                total += scores[i, j]
-            lse[head, row], scale = top + np.float32(np.log2(total)), ONE / total
-        else:
-            shift = lse[head, row]
-            for j in range(length):
-                scores[i, j] = exp2(scores[i, j] * factor - shift)
+        top, total = largest(scores[i], length) * factor, ZERO
         if threshold:
-            counter = mask[0] + step((first + (query & -9)) * stride)
-            steps, factors = columns
-            factors = factors[1 if query & 8 else 0]
-            _weigh(scores[i], length, scale, counter, steps, factors, mask, threshold)
+            for j in range(length):
+                weight = exp2(scores[i, j] * factor - top)
+                weights[i, j] = narrow(weight if numbers[i, j] >= threshold else ZERO, weights)
+                total += weight
         else:
             for j in range(length):
-                scores[i, j] *= scale
+                weight = exp2(scores[i, j] * factor - top)
+                weights[i, j] = narrow(weight, weights)
+                total += weight
+        tops[i], totals[i] = top, total
+
+
+@loop
+def _differentiate(
+    scores, products, rows, length, factor, lse, deltas, scale, numbers, threshold, weights, ds
+):
+    """From products of d_out and values, [rows, length]: weights without their scale, d_scores."""
+    for i in range(rows):
+        shift, delta = lse[i], deltas[i]
+        if threshold:
+            for j in range(length):
+                p, kept = exp2(scores[i, j] * factor - shift), numbers[i, j] >= threshold
+                dp = products[i, j] * scale if kept else ZERO
+                ds[i, j] = narrow(p * (dp - delta), ds)
+                weights[i, j] = narrow(p if kept else ZERO, weights)
+        else:
+            for j in range(length):
+                p = exp2(scores[i, j] * factor - shift)
+                ds[i, j] = narrow(p * (products[i, j] - delta), ds)
+                weights[i, j] = narrow(p, weights)
 
 
 @loop
@@ -88,6 +106,17 @@ def _write(out, x, rows, columns, first, column, scale):
         row = out[first + i, column : column + columns]
         for j in range(columns):
             row[j] = narrow(x[i, j] * scale, out)
+
+
+@loop
+def _multiply_rows(a, b, rows, columns, first, column, products):
+    """Inner products [rows] of parts of rows of a and b, from a row and a column on."""
+    for i in range(rows):
+        left = a[first + i, column : column + columns]
+        right, total = b[first + i, column : column + columns], ZERO
+        for j in range(columns):
+            total += widen(left[j]) * widen(right[j])
+        products[i] = total
 
 
 @loop
@@ -125,16 +154,17 @@ def _fetch(x, item, stop, boundaries, heads, size):
 def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, threshold, scale):
     """Heads start … stop - 1, counted over all sequences: qkv [T, 3 heads d] → out [T, heads d].
 
-    lse [heads, T] comes in as infinity.
+    lse [heads, T] is filled.
     """
     heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = out.shape[1]
     size = width // heads
     queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
-    values, room = operand(qkv, longest, size), operand(qkv, ROWS, longest)
-    p, total = operand(lse, ROWS, longest), operand(lse, ROWS, size)
-    columns = _columns(longest)
-    root = ONE / np.sqrt(np.float32(size))
+    values, weights = operand(qkv, longest, size), operand(qkv, ROWS, longest)
+    scores, sums = operand(lse, ROWS, longest), operand(lse, ROWS, size)
+    columns, numbers = _columns(longest), np.empty((ROWS, longest), np.uint32)
+    tops, totals = np.empty((2, ROWS), np.float32)
+    factor = LOG2_E / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
         column = head * size
@@ -145,20 +175,21 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
         _fetch(qkv, item + 1, stop, boundaries, heads, size)
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
-            set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(
-                p, rows, length, root, lse, first, o, head, mask, columns, stride, threshold
-            )
+            set_product(scores, queries, o, False, keys, 0, rows, size, length)
+            if threshold:
+                _draw(numbers, rows, length, first, o, mask, columns, stride)
+            _weigh(scores, rows, length, factor, numbers, threshold, entries(weights), tops, totals)
+            end_along(weights, rows, length)
+            set_product(sums, weights, 0, False, values, 0, rows, length, size)
             for i in range(rows):
-                for j in range(length):
-                    p[i, j] = ZERO if p[i, j] < ZERO else p[i, j]  # a NaN stays
-            kept = as_along(room, p, rows, length)
-            set_product(total, kept, 0, False, values, 0, rows, length, size)
-            _write(out, total, rows, size, first + o, column, scale)
+                lse[head, first + o + i] = tops[i] + np.float32(np.log2(totals[i]))
+                for j in range(size):
+                    sums[i, j] *= scale / totals[i]
+            _write(out, sums, rows, size, first + o, column, ONE)
 
 
 @loop
-def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
+def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, out, lse, d_qkv, sums,
                    stride, threshold, scale):  # fmt: skip
     heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = d_out.shape[1]
@@ -166,11 +197,13 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
     queries, queries_down = operand(qkv, longest, size), operand(qkv, longest, size)
     keys, keys_down = operand(qkv, size, longest), operand(qkv, longest, size)
     d_outs, d_outs_down = operand(qkv, longest, size), operand(qkv, longest, size)
-    values, room = operand(qkv, size, longest), operand(qkv, ROWS, longest)
-    d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
-    p, ds = operand(lse, ROWS, longest), operand(lse, ROWS, longest)
+    values, turned = operand(qkv, size, longest), operand(qkv, ROWS, longest)
+    weights, ds = operand(qkv, ROWS, longest), operand(qkv, ROWS, longest)
+    scores, products = operand(lse, ROWS, longest), operand(lse, ROWS, longest)
     d_queries = operand(lse, ROWS, size)
-    columns = _columns(longest)
+    d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
+    columns, numbers = _columns(longest), np.empty((ROWS, longest), np.uint32)
+    deltas = np.empty(ROWS, np.float32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
@@ -185,32 +218,28 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
         take_down(d_outs_down, d_out, length, size, first, column)
         _fetch(qkv, item + 1, stop, boundaries, heads, size)
         _fetch(d_out, item + 1, stop, boundaries, heads, size)
+        _fetch(out, item + 1, stop, boundaries, heads, size)
         d_keys[:length] = ZERO
         d_values[:length] = ZERO
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
-            set_product(p, queries, o, False, keys, 0, rows, size, length)
-            _probabilities(
-                p, rows, length, root, lse, first, o, head, mask, columns, stride, threshold
-            )
-            set_product(ds, d_outs, o, False, values, 0, rows, size, length)
-            for i in range(rows):
-                along = ZERO
-                for j in range(length):
-                    kept = ZERO if p[i, j] < ZERO else p[i, j]
-                    along += kept * ds[i, j]
-                for j in range(length):
-                    kept = ZERO if p[i, j] < ZERO else p[i, j]
-                    ds[i, j] = (kept * ds[i, j] - abs(p[i, j]) * along) * scale
-                    p[i, j] = kept
-            left = as_along(room, ds, rows, length)
-            set_product(d_queries, left, 0, False, keys_down, 0, rows, length, size)
+            set_product(scores, queries, o, False, keys, 0, rows, size, length)
+            set_product(products, d_outs, o, False, values, 0, rows, size, length)
+            if threshold:
+                _draw(numbers, rows, length, first, o, mask, columns, stride)
+            _multiply_rows(out, d_out, rows, size, first + o, column, deltas)
+            _differentiate(
+                scores, products, rows, length, root * LOG2_E, lse[head, first + o :], deltas,
+                scale, numbers, threshold, entries(weights), entries(ds),
+            )  # fmt: skip
+            end_along(ds, rows, length)
+            set_product(d_queries, ds, 0, False, keys_down, 0, rows, length, size)
             _write(d_qkv, d_queries, rows, size, first + o, column, root)
             _add_rows(d_queries, rows, size, column, root, sums[part])
-            turned = as_down(room, ds, rows, length)
-            add_product(d_keys, turned, 0, True, queries_down, o, length, rows, size)
-            turned = as_down(room, p, rows, length)
-            add_product(d_values, turned, 0, True, d_outs_down, o, length, rows, size)
+            left = as_down(turned, ds, rows, length)
+            add_product(d_keys, left, 0, True, queries_down, o, length, rows, size)
+            left = as_down(turned, weights, rows, length)
+            add_product(d_values, left, 0, True, d_outs_down, o, length, rows, size)
         for x, factor in ((d_keys, root), (d_values, scale)):
             column += width
             _write(d_qkv, x, length, size, first, column, factor)
@@ -233,7 +262,6 @@ def forward(
         return out, lse
     if len(boundaries) > 1 and boundaries.diff().max() > longest:
         raise ValueError(f"a sequence is longer than {longest}")
-    lse.fill_(torch.inf)
     boundaries = boundaries.unique_consecutive()  # threads share the sequences that have rows
     work = (
         qkv.flatten(1),
@@ -280,6 +308,7 @@ def backward(
         qkv.flatten(1),
         boundaries,
         cpu.seed(seed),
+        out.flatten(1),
         lse,
         d_qkv.flatten(1),
         sums,
