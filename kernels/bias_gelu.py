@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import flush, loop, narrow, normal, widen
+from .cpu import flush, loop, narrow, normal, widen, widened
 from .dispatch import fused, operation, use_triton
 from .language import (
     ELEMENTS,
@@ -66,18 +66,19 @@ def _backward(
 
 @loop
 def _forward_loop(part, start, stop, x, bias, y):
+    bias = widened(bias)
     for row in range(start, stop):
         for j in range(x.shape[1]):
-            z = widen(x[row, j]) + widen(bias[j])
+            z = widen(x[row, j]) + bias[j]
             y[row, j] = narrow(z * normal(z)[0], y)
 
 
 @loop
 def _backward_loop(part, start, stop, dy, x, bias, dx, sums):
-    d_bias = np.zeros(x.shape[1], np.float32)
+    bias, d_bias = widened(bias), np.zeros(x.shape[1], np.float32)
     for row in range(start, stop):
         for j in range(x.shape[1]):
-            z = widen(x[row, j]) + widen(bias[j])
+            z = widen(x[row, j]) + bias[j]
             distribution, density = normal(z)
             slope = widen(dy[row, j]) * (distribution + z * density)
             dx[row, j] = narrow(slope, dx)
