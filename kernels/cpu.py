@@ -28,27 +28,21 @@ OPTIONS = {
 }
 
 try:
-    import numba
     from llvmlite import ir
-    from numba.core.codegen import get_host_cpu_features
     from numba.extending import intrinsic, overload
+
+    from fastelectra.processor import FEATURES, numba
+
+    if numba.config.DISABLE_JIT:
+        raise ImportError
 
     def _may_use_amx() -> bool:
         """Ask Linux for this process' AMX registers, which it gives to those that ask."""
-        request, tile_data, arch_prctl = 0x1023, 18, 158
-        try:
-            return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
-        except (OSError, AttributeError):
-            return False
+        arch_prctl, request, tile_data = 158, 0x1023, 18
+        return ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
 
-    # of what numba compiles for, which may have been asked to be less than this CPU
-    _FEATURES = set()
-    if not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
-        _FEATURES.update(get_host_cpu_features().split(","))
-        if "+avx512f" in _FEATURES:  # of which LLVM takes half on Intel's CPUs unless told
-            numba.config.CPU_FEATURES = ",".join([*sorted(_FEATURES), "-prefer-256-bit"])
-    HAS_BF16 = "+avx512bf16" in _FEATURES
-    HAS_AMX = HAS_BF16 and "+amx-bf16" in _FEATURES and _may_use_amx()
+    HAS_BF16 = "+avx512bf16" in FEATURES
+    HAS_AMX = HAS_BF16 and "+amx-bf16" in FEATURES and _may_use_amx()
 
     def _cache_folder() -> str:
         """Where compiled loops are kept; empty where no folder can be made.
@@ -74,7 +68,7 @@ try:
             compiled = numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
         finally:
             numba.config.CACHE_DIR = before
-        if CACHE and not numba.config.DISABLE_JIT:
+        if CACHE:
             compiled._cache.save_overload = _alone(compiled._cache.save_overload)
         return compiled
 
@@ -109,7 +103,7 @@ try:
 
     BFLOAT = _BFloat()
 
-except ImportError:  # the loops are then never called
+except ImportError:  # or numba compiles nothing: the loops are then never called
     numba = ir = BFLOAT = HAS_BF16 = HAS_AMX = None
 
     def loop(function):

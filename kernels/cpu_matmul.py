@@ -8,7 +8,8 @@ the order of the dimension that it adds over; a left one that is `down` is used 
 with AMX pairs are multiplied in its tiles, 16 by 16 pairs by 16 at once.
 
 Operands and results have room for rows and columns in 32s: what is beyond those asked for means
-nothing, but what a product adds over is followed by zeros.
+nothing, but what a product adds over is followed by zeros. A line more a row keeps rows that are
+worked on together from the same places of the cache.
 """
 
 import numpy as np
@@ -47,13 +48,13 @@ def operand(like, rows, columns):
 @overload(operand, jit_options=OPTIONS)
 def _(like, rows, columns):
     if _in_pairs(like):
-        return lambda like, rows, columns: np.zeros((_room(rows), _room(columns) + 16), np.uint32)
-    return lambda like, rows, columns: np.zeros((_room(rows), _room(columns) + 16), np.float32)
+        return lambda like, rows, columns: np.zeros(_room(rows, columns), np.uint32)
+    return lambda like, rows, columns: np.zeros(_room(rows, columns), np.float32)
 
 
 @loop
-def _room(size):
-    return -(-size // 32) * 32
+def _room(rows, columns):
+    return -(-rows // 32) * 32, -(-columns // 32) * 32 + LINE // 4
 
 
 def _of_kind(numbers, pairs):
@@ -406,7 +407,7 @@ def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
 
     transposed: c[first : first + depth, :rows]ᵀ instead, where c is `down`. out is fp32; x_first is
-    even.
+    even. depth: at least 1; all that there is from there on, or a multiple of 32.
     """
     raise TypeError("a function of compiled loops")
 

@@ -70,7 +70,7 @@ def describe(device: torch.device) -> str:
     if INTERPRETED and _backend == "triton":
         return f"kernels: Triton {triton.__version__}, interpreted on the CPU"
     if cpu.numba is None:
-        return "kernels: PyTorch (numba is not installed)"
+        return "kernels: PyTorch (numba is not installed, or compiles nothing)"
     return "kernels: compiled loops for the CPU (the Triton kernels need a CUDA device)"
 
 

@@ -3,8 +3,8 @@
 PyTorch's way on a CPU pads the sequences to rows of one length, holds the [L, L] probabilities of
 each head several times over, and draws the dropout mask one number after another. Here a head's
 keys and values are copied to the cache once and some rows of scores at a time never leave it: no
-padding, nothing of size L² kept, the mask drawn again in backward. Scores are fp32, and backward
-takes Σ d_p p from Σ d_out out, as FlashAttention does.
+padding, nothing of size L² kept, the mask drawn again in backward. Scores are fp32, as
+FlashAttention's.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, flash_attention
-from .cpu import LOG2_E, ONE, ZERO, exp2, largest, loop, narrow, widen
+from .cpu import LOG2_E, ONE, ZERO, exp2, largest, loop, narrow
 from .cpu_matmul import (
     add_product,
     as_down,
@@ -81,22 +81,26 @@ def _weigh(scores, rows, length, factor, numbers, threshold, weights, tops, tota
 
 @loop
 def _differentiate(
-    scores, products, rows, length, factor, lse, deltas, scale, numbers, threshold, weights, ds
+    scores, products, rows, length, factor, lse, scale, numbers, threshold, weights, ds
 ):
     """From products of d_out and values, [rows, length]: weights without their scale, d_scores."""
     for i in range(rows):
-        shift, delta = lse[i], deltas[i]
+        shift, delta = lse[i], ZERO
         if threshold:
             for j in range(length):
                 p, kept = exp2(scores[i, j] * factor - shift), numbers[i, j] >= threshold
                 dp = products[i, j] * scale if kept else ZERO
-                ds[i, j] = narrow(p * (dp - delta), ds)
+                scores[i, j], products[i, j] = p, dp
                 weights[i, j] = narrow(p if kept else ZERO, weights)
+                delta += p * dp
         else:
             for j in range(length):
                 p = exp2(scores[i, j] * factor - shift)
-                ds[i, j] = narrow(p * (products[i, j] - delta), ds)
+                scores[i, j] = p
                 weights[i, j] = narrow(p, weights)
+                delta += p * products[i, j]
+        for j in range(length):
+            ds[i, j] = narrow(scores[i, j] * (products[i, j] - delta), ds)
 
 
 @loop
@@ -106,17 +110,6 @@ def _write(out, x, rows, columns, first, column, scale):
         row = out[first + i, column : column + columns]
         for j in range(columns):
             row[j] = narrow(x[i, j] * scale, out)
-
-
-@loop
-def _multiply_rows(a, b, rows, columns, first, column, products):
-    """Inner products [rows] of parts of rows of a and b, from a row and a column on."""
-    for i in range(rows):
-        left = a[first + i, column : column + columns]
-        right, total = b[first + i, column : column + columns], ZERO
-        for j in range(columns):
-            total += widen(left[j]) * widen(right[j])
-        products[i] = total
 
 
 @loop
@@ -189,7 +182,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
 
 
 @loop
-def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, out, lse, d_qkv, sums,
+def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
                    stride, threshold, scale):  # fmt: skip
     heads, longest = lse.shape[0], np.max(np.diff(boundaries))
     width = d_out.shape[1]
@@ -203,7 +196,6 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, out, lse, d_
     d_queries = operand(lse, ROWS, size)
     d_keys, d_values = operand(lse, longest, size), operand(lse, longest, size)
     columns, numbers = _columns(longest), np.empty((ROWS, longest), np.uint32)
-    deltas = np.empty(ROWS, np.float32)
     root = ONE / np.sqrt(np.float32(size))
     for item in range(start, stop):
         first, length, head = _place(item, boundaries, heads)
@@ -218,7 +210,6 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, out, lse, d_
         take_down(d_outs_down, d_out, length, size, first, column)
         _fetch(qkv, item + 1, stop, boundaries, heads, size)
         _fetch(d_out, item + 1, stop, boundaries, heads, size)
-        _fetch(out, item + 1, stop, boundaries, heads, size)
         d_keys[:length] = ZERO
         d_values[:length] = ZERO
         for o in range(0, length, ROWS):
@@ -227,9 +218,8 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, out, lse, d_
             set_product(products, d_outs, o, False, values, 0, rows, size, length)
             if threshold:
                 _draw(numbers, rows, length, first, o, mask, columns, stride)
-            _multiply_rows(out, d_out, rows, size, first + o, column, deltas)
             _differentiate(
-                scores, products, rows, length, root * LOG2_E, lse[head, first + o :], deltas,
+                scores, products, rows, length, root * LOG2_E, lse[head, first + o :],
                 scale, numbers, threshold, entries(weights), entries(ds),
             )  # fmt: skip
             end_along(ds, rows, length)
@@ -308,7 +298,6 @@ def backward(
         qkv.flatten(1),
         boundaries,
         cpu.seed(seed),
-        out.flatten(1),
         lse,
         d_qkv.flatten(1),
         sums,

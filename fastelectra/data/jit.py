@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-import numba
+from fastelectra.processor import numba
 
 
 def njit(function: Callable) -> Callable:

@@ -261,6 +261,11 @@ print(kernels.describe(torch.device("cuda")))
     assert "triton is not installed" in run.stdout
 
 
-def test_imports_where_numba_compiles_nothing():
-    command = [sys.executable, "-c", "import fastelectra.kernels"]
-    subprocess.run(command, env={**os.environ, "NUMBA_DISABLE_JIT": "1"}, check=True)
+def test_pytorch_takes_over_where_numba_compiles_nothing():
+    code = """import torch
+from fastelectra import kernels
+print(kernels.bias_gelu(torch.ones(2, 3), torch.ones(3)).shape)
+print(kernels.describe(torch.device("cpu")))"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                         env={**os.environ, "NUMBA_DISABLE_JIT": "1"})  # fmt: skip
+    assert "PyTorch (numba is not installed, or compiles nothing)" in run.stdout

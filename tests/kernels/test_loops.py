@@ -160,6 +160,19 @@ def test_without_instructions_for_bf16():
     assert run.returncode == 0, run.stdout
 
 
+@pytest.mark.parametrize("first", ["fastelectra.data.examples", "fastelectra.kernels"])
+def test_whole_vectors_whatever_is_imported_first(first):
+    code = f"""import {first}
+from fastelectra.processor import FEATURES
+from numba.core.registry import cpu_target
+codegen = cpu_target.target_context.codegen()
+print("+avx512f" in FEATURES, "-prefer-256-bit" in str(codegen.magic_tuple()))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    able, told = run.stdout.split()
+    assert able == told
+
+
 def test_numba_may_be_kept_from_vector_instructions():
     code = "from fastelectra.kernels.cpu import *; print(HAS_BF16, to_bf16(ONE))"
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "NUMBA_ENABLE_AVX": "0"},
@@ -240,16 +253,16 @@ def test_dropout_drops_what_it_drops_on_a_gpu(p, seed):
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.6, 2**62 + 5)])
 def test_attention_drops_what_it_drops_on_a_gpu(p, seed):
-    boundaries = torch.tensor([0, 18, 18, 25, 70, 80], dtype=torch.int32)
+    boundaries = torch.tensor([0, 18, 18, 25, 70, 200], dtype=torch.int32)
     g = torch.Generator().manual_seed(0)
-    qkv = torch.randn(80, 3, 2, 12, generator=g).requires_grad_()
+    qkv = torch.randn(200, 3, 2, 12, generator=g).requires_grad_()
 
     def expected(qkv):
-        return masks.masked_attention(qkv, boundaries, 50, p, seed)
+        return masks.masked_attention(qkv, boundaries, 130, p, seed)
 
     def actual(qkv):
         seeds = torch.tensor([seed])
-        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, 50, p, seeds)
+        return kernels.packed_attention(qkv, torch.zeros(72), boundaries, 130, p, seeds)
 
     for a, e in zip(
         kernel_cases.with_gradients(actual, [qkv]),
@@ -257,6 +270,51 @@ def test_attention_drops_what_it_drops_on_a_gpu(p, seed):
         strict=True,
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@every_type
+def test_sequences_of_attention_know_nothing_of_each_other(dtype):
+    boundaries, seed = torch.tensor([0, 70, 76, 110], dtype=torch.int32), torch.tensor([3])
+    g = torch.Generator().manual_seed(0)
+    sound = torch.randn(110, 3, 1, 20, generator=g).to(dtype)
+    spoiled, bias = sound.clone(), torch.zeros(60, dtype=dtype)
+    spoiled[:70] = torch.nan
+    seen = []
+    for qkv in (sound.requires_grad_(), spoiled.requires_grad_()):  # one after the other in a part
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            out = kernels.packed_attention(qkv, bias, boundaries, 70, 0.1, seed)
+            gradient = torch.autograd.grad(out[70:].float().square().sum(), qkv)[0]
+        finally:
+            torch.set_num_threads(before)
+        seen.append([out[70:], gradient[70:]])
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
+@every_type
+@pytest.mark.parametrize("case", ["sharp scores", "values with an offset"])
+def test_attentions_error_is_at_most_twice_that_of_pytorch_for_trained_inputs(dtype, case):
+    boundaries, seed = torch.tensor([0, 200, 512], dtype=torch.int32), torch.tensor([0])
+    g = torch.Generator().manual_seed(0)
+    qkv, d_out = (torch.randn(512, *size, generator=g) for size in ((3, 2, 64), (2, 64)))
+    if case == "sharp scores":
+        qkv[:, :2] *= 3
+    else:
+        qkv[:, 2] += 10
+    gradients = []
+    for attention, kind in (
+        (kernels.packed_attention, dtype),
+        (kernels.packed_attention_reference, dtype),
+        (kernels.packed_attention_reference, torch.float64),
+    ):
+        x = qkv.to(dtype).to(kind).requires_grad_()
+        out = attention(x, torch.zeros(384, dtype=kind), boundaries, 312, 0.0, seed)
+        gradients.append(torch.autograd.grad(out, x, d_out.to(dtype).to(kind))[0].double())
+    ours, theirs, exact = gradients
+    for part in range(3):
+        error, allowed = ((x - exact)[:, part].norm() for x in (ours, theirs))
+        assert error <= 2 * allowed + 5e-6 * exact[:, part].norm(), part
 
 
 def test_attention_refuses_a_sequence_longer_than_the_longest():
