@@ -314,5 +314,6 @@ def test_fused_loops_and_plain_pytorch_give_the_same_losses(corpus, train, tmp_p
     assert len(losses["auto"]) == 50
     off = sorted(abs(a / t - 1) for a, t in zip(losses["auto"], losses["torch"], strict=True))
     assert off[25] < 2e-5
-    assert off[-1] < 2e-3  # a uniform number at a step of the distribution may draw its neighbour
+    # a uniform number at a step of the distribution may draw its neighbour: a token of a step's 800
+    assert off[-1] < 1e-2
     assert losses["auto"][-1] < 0.95 * losses["auto"][0]
