@@ -23,9 +23,7 @@ export PYTHONPATH="$work${PYTHONPATH:+:$PYTHONPATH}"
 flags=()
 if ! has numba; then # the same functions then run as Python: too slow to time, so made beforehand
   echo "numba is not installed: throughput is measured with batches made beforehand"
-  cat >"$work/numba.py" <<<'import warnings
-warnings.filterwarnings("ignore", "overflow encountered")  # uint64 arithmetic modulo 2^64
-njit = lambda **_: lambda function: function'
+  cp "$repo/bench/stand_ins/numba.py" "$work"
   flags+=(--no-data)
 fi
 tests=("$repo/tests/kernels")
@@ -34,9 +32,7 @@ if has transformers; then tests+=("$repo/tests/tasks/test_step.py"); fi
 for package in transformers tokenizers pytest; do
   has "$package" || echo "$package is not installed: what needs it is left out, or fails"
 done
-has tokenizers || # imported by what makes batches, but not used for that
-  echo 'import sys, unittest.mock; sys.modules[__name__] = unittest.mock.MagicMock()' \
-    >"$work/tokenizers.py"
+has tokenizers || cp "$repo/bench/stand_ins/tokenizers.py" "$work"
 
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name())') || exit 2
 name=$(tr 'A-Z ' 'a-z-' <<<"${gpu#NVIDIA }")-$(date -u +%F)

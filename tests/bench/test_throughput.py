@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_a_run_reports_every_contender(tmp_path):
     assert result["contenders"]["ours"]["ours_is_times"]["median"] == 1
     assert result["provenance"]["versions"]["torch"]
     assert picture.stat().st_size > 0
+
+
+def test_a_bare_machine_is_enough(tmp_path):
+    """As gpu.sh arranges where only torch and triton are installed."""
+    for name in ("deepspeed", "transformers", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name='{name}')")
+    file, places = tmp_path / "result.json", f"{BENCH / 'stand_ins'}:{tmp_path}"
+    command = [sys.executable, BENCH / "throughput.py", *SIZES, "--rounds", "1", "--warmup", "1"]
+    command += ["--no-data", "--peers", "natural", "--json", file]
+    environment = os.environ | {"PYTHONPATH": places}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert set(result["contenders"]) == {"ours"}
+    assert set(result["unavailable"]) == {"natural"}
 
 
 def test_a_mistake_is_one_line():
