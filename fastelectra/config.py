@@ -8,6 +8,8 @@ one says what it takes.
 import dataclasses
 import difflib
 import json
+import math
+import os.path
 import typing
 from collections.abc import Iterator
 from contextlib import suppress
@@ -125,6 +127,9 @@ class TrainingConfig:
     wandb_project: str = ""  # empty: off
 
 
+PATHS = (("data", "path"), ("training", "output_dir"), ("training", "init_from"))
+
+
 @dataclass
 class Config:
     """A run. `deepspeed` goes to DeepSpeed as it is, batch sizes added by the trainer; where it
@@ -148,13 +153,13 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     Raises FastElectraError for an unreadable file, bad JSON, or a bad field or value.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # as some editors write it
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise FastElectraError(f"cannot read the config {path}: {reason}") from None
     try:
         values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise FastElectraError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise FastElectraError(f"{path}: expected an object of sections, got {_kind(values)}")
@@ -164,8 +169,14 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
 
 
 def config_from_dict(values: dict, where: str = "config") -> Config:
-    """Build and check a Config from plain values; `where` names their source in errors."""
+    """Build and check a Config from plain values; `where` names their source in errors.
+
+    A `~` at the start of a path is the user's home, which a shell leaves alone after `=`.
+    """
     config = _build(Config, values, where, "")
+    for section, name in PATHS:
+        section = getattr(config, section)
+        setattr(section, name, os.path.expanduser(getattr(section, name)))
     _check_values(config, where)
     return config
 
@@ -232,7 +243,7 @@ def _fields(cls=Config, prefix: str = "") -> Iterator[tuple[str, type]]:
 
 def _checked(kind: type, value, where: str, name: str):
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf  # which no field takes
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e6 steps
     if type(value) is not kind:

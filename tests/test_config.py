@@ -99,6 +99,7 @@ def test_overrides_are_typed(tmp_path):
         ({"objective": {"name": "electra_15", "disallow_correct": True}}, "is a fake"),
         ({"training": {"steps": 0}}, "training.steps must be above 0 and below"),
         ({"optimizer": {"peak_lr": float("nan")}}, "optimizer.peak_lr must be above 0"),
+        ({"optimizer": {"peak_lr": 10**400}}, "optimizer.peak_lr must be above 0 and below inf"),
     ],
 )
 def test_bad_values_name_the_field(values, said):
@@ -112,13 +113,23 @@ def test_bad_values_name_the_field(values, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"{", "not valid JSON"), (b"[]", "expected an object"), (b"\xff\xfe", "not UTF-8"),
-     (b"[" * 100_000, "not valid JSON")],
+     (b"[" * 100_000, "not valid JSON"), (b'{"a": %s}' % (b"9" * 5000), "not valid JSON")],
 )  # fmt: skip
 def test_bad_files_are_one_line(tmp_path, content, said):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(FastElectraError, match=said):
         load_config(path)
+
+
+def test_paths_at_home_and_a_byte_order_mark(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = tmp_path / "config.json"
+    path.write_text('{"data": {"path": "~/corpus"}}', encoding="utf-8-sig")
+    config = load_config(path, ["training.output_dir=~/runs/x"])
+    assert config.data.path == "/home/me/corpus"
+    assert config.training.output_dir == "/home/me/runs/x"
+    assert config.training.init_from == ""
 
 
 @pytest.mark.parametrize("override", ["steps", "training.steps", "=1", "training.=1", "a=1"])

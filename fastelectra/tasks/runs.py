@@ -33,6 +33,7 @@ from fastelectra.tasks.pretrained import MODEL, Pretrained
 from fastelectra.tasks.reading import Split
 from fastelectra.tasks.table import MAX_LENGTH, Task, recipe_of
 from fastelectra.training import checkpoint
+from fastelectra.training import launch
 from fastelectra.training.launch import Process
 
 RESULT, RESULTS = "result.json", "results.json"
@@ -200,12 +201,7 @@ def predict_with(task: Task, start: Pretrained, options: Options, out: Path, dev
 
 def precision(device: torch.device) -> str:
     """bf16 where the hardware is fast at it, as in pre-training."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        able = torch.cpu.get_capabilities()
-        fast = any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return "bf16" if fast else "fp32"
+    return "bf16" if launch.fast_at_bf16(device) else "fp32"
 
 
 def write_predictions(path: Path, task: Task, split: Split, outputs: np.ndarray) -> None:

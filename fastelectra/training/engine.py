@@ -5,7 +5,6 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -29,13 +28,15 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 SET_BY = {  # keys of the section that other fields decide
     "train_batch_size": "training.batch_tokens",
     "train_micro_batch_size_per_gpu": "training.micro_batch_tokens",
+    "gradient_accumulation_steps": "training.batch_tokens and micro_batch_tokens",
     "gradient_allreduce_op": "the trainer, which sums over the global batch",
     "optimizer": "the optimizer section",
     "scheduler": "optimizer.peak_lr and optimizer.warmup_steps",
     "tensor_parallel": "the trainer, which only shares batches among processes",
     "sequence_parallel_size": "the trainer, which only shares batches among processes",
+    "torch_autocast": "deepspeed.bf16, with which the optimizer has weights in fp32 too",
 }
-PRECISIONS = ("bf16", "bfloat16", "fp16", "torch_autocast")  # keys by which a user may choose one
+PRECISIONS = ("bf16", "bfloat16", "fp16")  # keys by which a user may choose one
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,15 @@ def plan_engine(config: Config, process: Process) -> Plan:
     if config.training.kernels == "triton" and dispatch.triton is None:
         raise FastElectraError("training.kernels is triton: pip install triton, or set it to auto")
     accumulation = launch.accumulation(config, process)
-    if user.get("gradient_accumulation_steps", accumulation) != accumulation:
-        raise FastElectraError(
-            f"deepspeed.gradient_accumulation_steps = {user['gradient_accumulation_steps']}, but"
-            f" training.batch_tokens / micro_batch_tokens / processes = {accumulation}: remove it"
-        )
     parsed = _parse_section(user)
     device = launch.device()
     precision, why = _precision(user, parsed, device)
     zero = user.get("zero_optimization", {})
+    if not zero.get("compute_grad_norm", True):
+        raise FastElectraError(
+            "remove deepspeed.zero_optimization.compute_grad_norm: a step whose gradients are not"
+            " finite is known by their norm"
+        )
     section = {
         "gradient_clipping": 1.0,
         "steps_per_print": 10**9,  # the trainer reports
@@ -93,7 +94,6 @@ def plan_engine(config: Config, process: Process) -> Plan:
     if precision == "bf16" and stage > 0:  # a sum of many micro-batches in bf16 would lose bits
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3
-    graphs = graphs and "torch_autocast" not in user  # its cache of casts cannot be captured
     plain = precision != "fp16" and not _asks_for_more(user)
     stage = 0 if plain else stage
     return Plan(section, precision, why, plain, stage, accumulation, device, graphs)
@@ -137,32 +137,13 @@ def _precision(user: dict, parsed: DeepSpeedConfig, device: torch.device) -> tup
     """(name, reason): as asked, or what the hardware is fast at."""
     if parsed.float16_config.enabled and device.type == "cpu":
         raise FastElectraError("deepspeed.fp16: training on a CPU takes bf16 or fp32, not fp16")
-    # None is float16 on GPUs, without any loss scale
-    if parsed.torch_autocast_enabled and parsed.torch_autocast_dtype in (None, torch.float16):
-        raise FastElectraError(
-            "deepspeed.torch_autocast.dtype must be bfloat16, named: with float16 DeepSpeed clips"
-            " before it takes the loss scale out, and never lowers it (deepspeed.fp16 does)"
-        )
     if any(key in user for key in PRECISIONS):
         chosen = {"fp16": parsed.float16_config.enabled, "bf16": parsed.bfloat16_config.enabled}
         return next((name for name, enabled in chosen.items() if enabled), "fp32"), "as asked"
-    if device.type == "cuda":
-        fast, kind = torch.cuda.get_device_capability(device) >= (8, 0), "GPU"
-    else:
-        fast, kind = bool(_cpu_flags() & {"amx_bf16", "avx512_bf16"}), "CPU"
-    return (
-        ("bf16", f"this {kind} is fast at it")
-        if fast
-        else ("fp32", f"this {kind} has no fast bf16")
-    )
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    kind = "CPU" if device.type == "cpu" else "GPU"
+    if launch.fast_at_bf16(device):
+        return "bf16", f"this {kind} is fast at it"
+    return "fp32", f"this {kind} has no fast bf16"
 
 
 class _Asked(dict):
@@ -189,7 +170,10 @@ class _Asked(dict):
 def _parse_section(user: dict) -> DeepSpeedConfig:
     """DeepSpeed ignores keys that it does not know and reports others at length: ask it here."""
     for key, value in user.items():
-        _parse({key: value}, f"deepspeed.{key}")
+        where = f"deepspeed.{key}"
+        if key in (*PRECISIONS, "zero_optimization") and not isinstance(value, dict):
+            raise FastElectraError(f"{where} must be an object, got {json.dumps(value)}")
+        _parse({key: value}, where)
     parsed = _parse(user, "deepspeed")
     for key in user.keys() - _Asked.known:
         raise FastElectraError(f"unknown field deepspeed.{key}{_nearest(key, _Asked.known)}")

@@ -84,6 +84,16 @@ def device() -> "torch.device":
     return torch.device("cuda", rank)
 
 
+def fast_at_bf16(device: "torch.device") -> bool:
+    """Whether its products of matrices in bf16 are faster than those in fp32."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def seconds_since_start() -> float:
     """Of this process, its imports included."""
     return time.monotonic() - _started
