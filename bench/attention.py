@@ -153,7 +153,7 @@ def main(argv=None) -> int:
     parser.add_argument("--tokens", type=int, help="whole examples of so many tokens")
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = launch.device()
     result = {"provenance": provenance(), "rows": []}
     turns = [ways(device)]
     if device.type == "cuda":

@@ -20,6 +20,7 @@ from measure import flush, milliseconds, provenance
 from operations import Case, cases
 
 from fastelectra import kernels
+from fastelectra.training.launch import device
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
@@ -216,9 +217,9 @@ def main(argv=None) -> int:
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
     parser.add_argument("--output", type=Path, default=ROOT / "bench/results/kernels")
     arguments = parser.parse_args(argv)
-    gpu = torch.cuda.is_available()
+    gpu = device().type == "cuda"
     result = {"provenance": provenance(), "measured": gpu, "rates": H100, "ops": []}
-    written, picture = (arguments.output.with_suffix(end) for end in (".json", ".png"))
+    written, picture = (Path(f"{arguments.output}.{kind}") for kind in ("json", "png"))
     written.parent.mkdir(parents=True, exist_ok=True)
     if gpu:
         kernels.set_backend("triton")

@@ -22,6 +22,7 @@ import torch
 
 from fastelectra.data.batch import Batch
 from fastelectra.data.stream import prefetch
+from fastelectra.training import launch
 
 AHEAD = 4  # steps of batches made before they are needed, as the trainer does
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,7 +278,7 @@ def provenance() -> dict:
         "commit": git("rev-parse", "HEAD").strip() or os.environ.get("COMMIT"),
         "changed_files": git("status", "--porcelain", "-uno").splitlines(),
         "machine": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if launch.device().type == "cuda" else None,
         "python": platform.python_version(), "versions": versions(),
         "environment": {name: value for name, value in os.environ.items()
                         if name.startswith(("OMP_", "KMP_", "GOMP_", "PYTORCH_", "ONEDNN_"))},

@@ -80,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     named = {name: getattr(args, name) for name in ("tokens", "points", "seeds", "epochs", "lr")}
     setting = GPU if args.gpu else CPU
+    if not args.gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # where there is a GPU too
     given = {name: value for name, value in named.items() if value is not None}
     changes = (*setting.changes, *args.set)
     setting = Setting(**{**asdict(setting), **given, "changes": changes})

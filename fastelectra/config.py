@@ -175,8 +175,8 @@ def config_from_dict(values: dict, where: str = "config") -> Config:
     """
     config = _build(Config, values, where, "")
     for section, name in PATHS:
-        section = getattr(config, section)
-        setattr(section, name, os.path.expanduser(getattr(section, name)))
+        values = getattr(config, section)
+        setattr(values, name, os.path.expanduser(getattr(values, name)))
     _check_values(config, where)
     return config
 

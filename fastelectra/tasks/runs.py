@@ -32,8 +32,7 @@ from fastelectra.tasks.loop import Settings, predict, train
 from fastelectra.tasks.pretrained import MODEL, Pretrained
 from fastelectra.tasks.reading import Split
 from fastelectra.tasks.table import MAX_LENGTH, Task, recipe_of
-from fastelectra.training import checkpoint
-from fastelectra.training import launch
+from fastelectra.training import checkpoint, launch
 from fastelectra.training.launch import Process
 
 RESULT, RESULTS = "result.json", "results.json"
