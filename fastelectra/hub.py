@@ -140,15 +140,12 @@ def run_export(args: Namespace) -> int:
 
 def _export(folder: Path, out: Path) -> None:
     model, vocab_size, weights, objective = _read_checkpoint(folder)
-    _, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
-    tokenizer = vocabulary.files(folder / checkpoint.TOKENIZER)  # before a run removes them
+    tokenizer, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
     parts = exported_parts(objective.kind)
     try:
         with checkpoint.write_folder(out) as aside:
             for part, (network, architecture) in parts.items():
-                (aside / part).mkdir()
-                for name, content in tokenizer.items():
-                    (aside / part / name).write_bytes(content)
+                vocabulary.write(tokenizer, aside / part, model.max_positions)
                 config = hub_config(model, network, vocab_size, special["pad"])
                 text = json.dumps({"architectures": [architecture], **config}, indent=2)
                 (aside / part / "config.json").write_text(text + "\n", encoding="utf-8")

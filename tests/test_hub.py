@@ -112,6 +112,7 @@ def test_transformers_loads_an_export_and_computes_the_same(tmp_path, corpus, mo
         assert [answer["score"] for answer in answers] == pytest.approx(
             best.values.tolist(), rel=1e-4
         )
+    assert fill("[MASK] war" * 300, tokenizer_kwargs={"truncation": True})
 
 
 @pytest.mark.parametrize("objective", ["mlm", "replace_mlm", "all_tokens_mlm"])
@@ -379,7 +380,7 @@ def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch):
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     line = refused(capsys, "export", tmp_path / "checkpoint", tmp_path / "new")
     assert line.rstrip().endswith("new: No space left on device")
 

@@ -193,15 +193,18 @@ def _normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormali
     )
 
 
-def write(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, vocab.txt and the tokenizer_config.json that AutoTokenizer reads."""
+def write(tokenizer: Tokenizer, folder: Path, max_length: int = 512) -> None:
+    """Write tokenizer.json, vocab.txt and the tokenizer_config.json that AutoTokenizer reads.
+
+    max_length: the positions of the model that it is for, to which AutoTokenizer truncates.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     ids = tokenizer.get_vocab()
     entries = "".join(f"{token}\n" for token in sorted(ids, key=ids.get))
     (folder / "vocab.txt").write_text(entries, encoding="utf-8", newline="\n")
     config = {f"{name}_token": token for name, token in _SPECIAL.items()}
-    config["model_max_length"] = 512
+    config["model_max_length"] = max_length
     normalizer = json.loads(tokenizer.to_str())["normalizer"] or {}
     if normalizer.get("type") == "BertNormalizer":
         config["tokenizer_class"] = "ElectraTokenizer"
