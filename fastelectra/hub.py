@@ -250,5 +250,7 @@ def run_import(args: Namespace) -> int:
         print(EMBEDDINGS_DIFFER)
     if vocab_size < networks.vocab_size:
         print(f"left out: embeddings {vocab_size} to {networks.vocab_size - 1}, of no token")
-    print(f"wrote {args.out}: start from it with training.init_from")
+    names = (*list(SHARED)[:3], *SIZES, "generator_fraction")
+    sizes = (f" --set model.{name}={getattr(networks.model, name)}" for name in names)
+    print(f"wrote {args.out}: start with --set training.init_from={args.out}{''.join(sizes)}")
     return 0

@@ -21,7 +21,7 @@ from transformers import (
     pipeline,
 )
 
-from fastelectra.config import ModelConfig
+from fastelectra.config import ModelConfig, load_config
 from fastelectra.data.batch import Batch
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
@@ -29,6 +29,7 @@ from fastelectra.explain import explain
 from fastelectra.hub import load_pretrained
 from fastelectra.model import electra as electra_module
 from fastelectra.training import checkpoint
+from fastelectra.training.resume import find_start
 
 SMALL = replace(ModelConfig(), layers=2)
 BIASED = replace(ODD, embedding_size=24, generator_fraction=0.3333, hidden_size=24, heads=3)
@@ -165,6 +166,14 @@ def test_networks_with_embeddings_of_their_own(tmp_path, corpus, sharing):
     again = load_pretrained(tmp_path / "checkpoint").electra
     batch = packed(inputs)
     assert torch.equal(again.generator_logits(batch), ours.generator_logits(batch))
+
+
+def test_a_training_starts_with_what_import_says(tmp_path, corpus, exported, capsys):
+    assert fastelectra("import", exported, "--out", tmp_path / "imported") == 0
+    said = capsys.readouterr().out.partition("start with --set ")[2].split()[::2]
+    demo = Path(__file__).parents[1] / "configs/demo.json"
+    config = load_config(demo, [*said, f"training.output_dir={tmp_path / 'run'}"])
+    assert find_start(config, open_corpus(corpus)).folder == tmp_path / "imported"
 
 
 def test_a_run_folder_exports_its_newest_checkpoint(tmp_path, corpus):

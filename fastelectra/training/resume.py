@@ -1,15 +1,16 @@
 """Where a run starts: from nothing, from given weights, or where the same command left off."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 from torch import nn
 
-from fastelectra.config import Config, config_from_dict
+from fastelectra.config import Config, config_from_dict, generator_sizes
 from fastelectra.data.shards import Corpus
 from fastelectra.data.stream import Position
 from fastelectra.errors import FastElectraError
+from fastelectra.model.electra import parameter_shapes
 from fastelectra.training import checkpoint
 from fastelectra.training.optimizer import MOMENT_KEYS
 
@@ -45,6 +46,7 @@ def find_start(config: Config, corpus: Corpus) -> Start:
     if config.training.init_from:
         folder = checkpoint.resolve(config.training.init_from)
         _check_vocabulary(folder, corpus)
+        _check_networks(folder, config)
         return Start(folder=folder, notes=(f"weights from {folder}",))
     return Start()
 
@@ -116,6 +118,27 @@ def _tokenizer(folder: Path) -> tuple[dict[str, int], str]:
         raise FastElectraError(f"cannot read the tokenizer {path}: {error}") from None
     sample, normalizer = "An É, an e and an é", tokenizer.normalizer
     return tokenizer.get_vocab(), normalizer.normalize_str(sample) if normalizer else sample
+
+
+def _check_networks(folder: Path, config: Config) -> None:
+    """FastElectraError with the fields to set, where the checkpoint's weights need others."""
+    values = checkpoint.read_state(folder)["config"]
+    theirs = config_from_dict(values, str(folder / checkpoint.STATE))
+    needed = ""
+    for section in ("objective", "model"):
+        part, ours = getattr(theirs, section), vars(getattr(config, section))
+        for name, value in vars(part).items():
+            changed = replace(theirs, **{section: replace(part, **{name: ours[name]})})
+            if changed != theirs and _networks(changed) != _networks(theirs):
+                needed += f" --set {section}.{name}={value}"
+    if needed:
+        raise FastElectraError(f"the config's model is not that of {folder}: start with{needed}")
+
+
+def _networks(config: Config) -> tuple:
+    """What two configurations agree in when the same weights compute the same."""
+    generator = config.objective.kind.generator and generator_sizes(config.model)
+    return parameter_shapes(config.model, 1, config.objective), config.model.heads, generator
 
 
 def load_weights(model: nn.Module, folder: Path) -> checkpoint.Tensors:

@@ -28,7 +28,7 @@ ALONE = Process(rank=0, world=1)
 def config_with(corpus, run="run", deepspeed=None, **sections):
     values = tiny_config(corpus, run)
     for section, fields in sections.items():
-        values[section] |= fields
+        values[section] = values.get(section, {}) | fields
     return config_from_dict({**values, "deepspeed": deepspeed or {}})
 
 
@@ -243,3 +243,15 @@ def test_weights_that_do_not_fit(corpus, trained, tmp_path):
     config = config_with(corpus, training={"init_from": str(tmp_path), "output_dir": "none"})
     with pytest.raises(FastElectraError, match="no checkpoint in"):
         find_start(config, open_corpus(corpus))
+
+
+def test_a_start_from_another_model_names_what_to_set(corpus, trained):
+    def start(objective, **model):
+        fresh = {"init_from": str(trained), "output_dir": "none"}
+        sections = {"training": fresh, "objective": {"name": objective}, "model": model}
+        return find_start(config_with(corpus, **sections), open_corpus(corpus))
+
+    assert start("electra_15", dropout=0.2, generator_fraction=0.501).folder  # of the same sizes
+    needed = "--set objective.name=electra --set model.heads=2 --set model.generator_fraction=0.5"
+    with pytest.raises(FastElectraError, match=f"start with {needed}$"):
+        start("mlm", heads=4, generator_fraction=0.25)

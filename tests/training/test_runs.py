@@ -254,7 +254,7 @@ def test_weights_that_do_not_fit_leave_no_run_folder(straight, corpus, train, tm
     config["model"]["layers"] = 3
     code, output = train(PLAIN, config)
     assert code == 2, output
-    assert "does not fit the model section" in output
+    assert f"that of {checkpoint.resolve(straight[0])}: start with --set model.layers=2\n" in output
     assert not (tmp_path / "run").exists()
 
 
