@@ -316,6 +316,21 @@ def test_vocabulary_without_tokenizer_json(tmp_path, exported):
     assert after.read_bytes() == (tmp_path / "checkpoint/tokenizer/tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["do_lower_case", "strip_accents", "tokenize_chinese_chars"])
+@pytest.mark.parametrize("value", [True, False])
+def test_vocabulary_alone_is_read_as_transformers_does(exported, name, value):
+    folder, text = exported / "discriminator", "The Wár 中文 war"
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").write_text(
+        "[PAD] [UNK] [CLS] [SEP] [MASK] The Wár the wár war 中 文 中文".replace(" ", "\n")
+    )
+    change_json(folder / "tokenizer_config.json", **{name: value})
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert load_pretrained(folder).tokenizer.encode(text).tokens == theirs.tokenize(
+        text, add_special_tokens=True
+    )
+
+
 def test_load_pretrained_takes_every_kind_of_folder(tmp_path, corpus):
     run = tmp_path / "run"
     folder = checkpoint.checkpoint_folder(run, 7)
@@ -409,6 +424,14 @@ def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):
     assert "must be above 0 and at most 1" in line
 
     (discriminator / "tokenizer.json").unlink()
+    settings = discriminator / "tokenizer_config.json"
+    change_json(settings, tokenizer_class="BertJapaneseTokenizer")
+    line = refused(capsys, "import", discriminator, "--out", out)
+    assert "tokenizer_class BertJapaneseTokenizer needs a tokenizer.json" in line
+    change_json(settings, tokenizer_class="BertTokenizerFast", tokenize_chinese_chars="no")
+    line = refused(capsys, "import", discriminator, "--out", out)
+    assert "tokenize_chinese_chars must be true or false, got 'no'" in line
+    settings.unlink()
     (discriminator / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n")
     assert "lacks [MASK]" in refused(capsys, "import", discriminator, "--out", out)
     (discriminator / "vocab.txt").unlink()

@@ -123,7 +123,7 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
 
 
-def read(path: Path, lowercase: bool, strip_accents: bool) -> Tokenizer:
+def read(path: Path, lowercase: bool, strip_accents: bool, split_chinese: bool = True) -> Tokenizer:
     """Read a vocab.txt, or a tokenizer.json (which itself says how text is normalised)."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -131,7 +131,8 @@ def read(path: Path, lowercase: bool, strip_accents: bool) -> Tokenizer:
         raise FastElectraError(f"{path} is not UTF-8 text") from None
     tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     is_json = path.suffix == ".json"
-    tokenizer = _from_json(text, path) if is_json else build(tokens, lowercase, strip_accents)
+    style = lowercase, strip_accents, split_chinese
+    tokenizer = _from_json(text, path) if is_json else build(tokens, *style)
     SpecialTokens.of(tokenizer, str(path))
     if not is_json:
         _check_unique(tokens, path)
@@ -168,13 +169,18 @@ def _from_json(text: str, path: Path) -> Tokenizer:
     return tokenizer
 
 
-def build(tokens: list[str], lowercase: bool, strip_accents: bool) -> Tokenizer:
-    """BERT's tokenizer over `tokens` in the order of their ids."""
+def build(
+    tokens: list[str], lowercase: bool, strip_accents: bool, split_chinese: bool = True
+) -> Tokenizer:
+    """BERT's tokenizer over `tokens` in the order of their ids.
+
+    split_chinese: whether every Chinese character is a word.
+    """
     ids = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(
         models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=MOST_CHARACTERS)
     )
-    tokenizer.normalizer = _normalizer(lowercase, strip_accents)
+    tokenizer.normalizer = _normalizer(lowercase, strip_accents, split_chinese)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     if "[CLS]" in ids and "[SEP]" in ids:
@@ -187,10 +193,13 @@ def build(tokens: list[str], lowercase: bool, strip_accents: bool) -> Tokenizer:
     return tokenizer
 
 
-def _normalizer(lowercase: bool, strip_accents: bool) -> normalizers.BertNormalizer:
+def _normalizer(
+    lowercase: bool, strip_accents: bool, split_chinese: bool = True
+) -> normalizers.BertNormalizer:
     return normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=strip_accents, lowercase=lowercase
-    )
+        clean_text=True, handle_chinese_chars=split_chinese, strip_accents=strip_accents,
+        lowercase=lowercase,
+    )  # fmt: skip
 
 
 def write(tokenizer: Tokenizer, folder: Path, max_length: int = 512) -> None:
