@@ -239,12 +239,6 @@ def add_import_arguments(parser: ArgumentParser) -> None:
 
 def run_import(args: Namespace) -> int:
     """Write a folder that `training.init_from` takes."""
-    for name in args.folders:
-        if (Path(name) / "mlm").is_dir():
-            raise FastElectraError(
-                f"{name} holds no discriminator: its main network, {name}/mlm, predicts tokens."
-                " Name one of its parts to import that as a generator"
-            )
     folders = [part for name in args.folders for part in hub_folders(Path(name)) or [Path(name)]]
     networks = read_networks(folders, args.generator_fraction)
     tokenizer, special = read_tokenizer(networks.tokenizer_dir, networks.vocab_size)

@@ -144,9 +144,10 @@ def test_a_main_network_that_predicts_tokens_is_a_masked_lm(tmp_path, corpus, ob
     assert loaded.electra.objective.name == objective
     with pytest.raises(FastElectraError, match=f"the main network of {objective} predicts tokens"):
         explain(loaded, "the war")
-    capsys.readouterr()
-    assert fastelectra("import", tmp_path / "out", "--out", tmp_path / "imported") == 2
-    assert "out/mlm, predicts tokens. Name one of its parts" in capsys.readouterr().err
+    for command in ("import", "--out", tmp_path / "imported"), ("explain", "the war", "--model"):
+        capsys.readouterr()
+        assert fastelectra(*command, tmp_path / "out") == 2
+        assert "out/mlm, predicts tokens. Use that part" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sharing", ["tokens", "none"])

@@ -47,11 +47,19 @@ class Networks:
 
 
 def hub_folders(path: Path) -> list[Path]:
-    """The folder itself, or the parts of an export; empty if it is neither."""
+    """The folder itself, or the parts of an export; empty if it is neither.
+
+    Raises FastElectraError for an export without a discriminator.
+    """
     if (path / "checkpoints").is_dir():
         return []  # a run folder: its config.json is the run's
     if (path / "config.json").is_file():
         return [path]
+    if (path / "mlm").is_dir():
+        raise FastElectraError(
+            f"{path} holds no discriminator: its main network, {path}/mlm, predicts tokens. Use"
+            ' that part in pipeline("fill-mask"), or import it as a generator'
+        )
     return [path / part for part in ARCHITECTURES if (path / part / "config.json").is_file()]
 
 
