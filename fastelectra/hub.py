@@ -64,7 +64,9 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
     """
     folders = hub_folders(Path(path))
     if folders:
-        networks = read_networks(folders + ([Path(generator)] if generator else []))
+        if generator:
+            folders += hub_folders(Path(generator)) or [Path(generator)]
+        networks = read_networks(folders)
         if "discriminator" not in networks.folders:
             raise FastElectraError(f"{path} holds no discriminator (ElectraForPreTraining)")
         if networks.embeddings_differ:

@@ -450,6 +450,18 @@ def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):
     assert "not valid JSON" in refused(capsys, "import", generator, "--out", out)
 
 
+def test_a_model_on_the_hub_has_to_be_downloaded(tmp_path, exported, capsys):
+    name = "google/electra-small-generator"
+    for arguments in (
+        ["import", name, "--out", tmp_path / "new"],
+        ["explain", "war", "--model", name],
+        ["explain", "war", "--model", exported / "discriminator", "--generator", name],
+    ):
+        assert fastelectra(*arguments) == 2
+        said = capsys.readouterr().err
+        assert f"hf download {name} --local-dir electra-small-generator" in said
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -49,8 +49,13 @@ class Networks:
 def hub_folders(path: Path) -> list[Path]:
     """The folder itself, or the parts of an export; empty if it is neither.
 
-    Raises FastElectraError for an export without a discriminator.
+    Raises FastElectraError for an export without a discriminator, and a model's name on the Hub.
     """
+    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
+        raise FastElectraError(
+            f"there is no folder {path}. A model on Hugging Face's Hub has to be downloaded first:"
+            f" hf download {path} --local-dir {path.name}"
+        )
     if (path / "checkpoints").is_dir():
         return []  # a run folder: its config.json is the run's
     if (path / "config.json").is_file():
