@@ -20,14 +20,16 @@ THRESHOLD = 0.5  # a token above this probability is called replaced
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of `fastelectra explain`."""
-    parser.add_argument("text", help="a sentence")
+    parser.add_argument("text", help="a sentence, with [MASK] for a word to be filled in")
     parser.add_argument(
         "--model", required=True,
         help="export folder, run folder, checkpoint, or a Hugging Face ElectraForPreTraining",
     )  # fmt: skip
     parser.add_argument("--generator", help="Hugging Face ElectraForMaskedLM, if not in --model")
     parser.add_argument(
-        "--mask", help="token numbers to mask, such as 1,3 ([CLS] is 0); default: drawn with --seed"
+        "--mask",
+        help="token numbers to mask, such as 1,3 ([CLS] is 0), besides any [MASK] in the text;"
+        " default: drawn with --seed if there is none",
     )
     parser.add_argument(
         "--top", type=_positive, default=3, help="generator choices shown (default 3)"
@@ -56,7 +58,7 @@ class Explained:
     choices: list[tuple[str, float]] | None  # the generator's, best first; None: not masked
     sampled: str | None  # what the generator drew
     probability: float  # of being replaced, by the discriminator
-    replaced: bool  # the draw differs from the token
+    replaced: bool | None  # the draw differs from the token; None: the sentence has [MASK] there
 
     @property
     def shown(self) -> str:
@@ -70,8 +72,9 @@ def explain(
 ) -> list[Explained]:
     """Mask, generate, replace and judge one sentence.
 
-    Without `mask` and with a generator, as many tokens as in training (at least two where there
-    are so many) are drawn. Raises FastElectraError for an empty or overlong text or a bad `mask`.
+    Without `mask` or [MASK] in the text, and with a generator, as many tokens as in training (at
+    least two where there are so many) are drawn. Raises FastElectraError for an empty or overlong
+    text or a bad `mask`.
     """
     electra, tokenizer = pretrained.electra.eval(), pretrained.tokenizer
     if not electra.objective.kind.detects:
@@ -81,7 +84,7 @@ def explain(
         )
     ids = _encode(pretrained, text)
     generator = torch.Generator().manual_seed(seed % 2**63)
-    positions = _positions(pretrained, mask, len(ids), generator)
+    positions = _positions(pretrained, mask, ids, generator)
     choices, sampled = {}, list(ids)
     if positions:
         probabilities = electra.generator_logits(_batch(pretrained, ids, positions)).softmax(-1)
@@ -100,7 +103,7 @@ def explain(
             choices=choices.get(place),
             sampled=tokenizer.id_to_token(sampled[place]) if place in choices else None,
             probability=judged[place],
-            replaced=sampled[place] != original,
+            replaced=None if original == pretrained.special["mask"] else sampled[place] != original,
         )
         for place, original in enumerate(ids)
     ]
@@ -122,18 +125,22 @@ def _encode(pretrained: Pretrained, text: str) -> list[int]:
 
 
 def _positions(
-    pretrained: Pretrained, mask: str | None, length: int, generator: torch.Generator
+    pretrained: Pretrained, mask: str | None, ids: list[int], generator: torch.Generator
 ) -> list[int]:
     """Positions to mask, ascending: those asked for, or drawn uniformly without replacement."""
+    length = len(ids)
+    written = [place for place, token in enumerate(ids) if token == pretrained.special["mask"]]
     if not pretrained.has_generator:
-        if mask is not None:
-            raise FastElectraError("--mask needs a generator: name one with --generator")
+        if mask is not None or written:
+            raise FastElectraError("[MASK] needs a generator to fill it: name one with --generator")
         return []
+    if mask is None and written:
+        return written
     if mask is None:
         count = min(length - 2, max(2, masked_count(length, 0.15)))
         return sorted((torch.randperm(length - 2, generator=generator)[:count] + 1).tolist())
     try:
-        positions = sorted({int(number) for number in mask.split(",")})
+        positions = sorted({*written, *(int(number) for number in mask.split(","))})
     except ValueError:
         raise FastElectraError(f"--mask {mask}: expected numbers such as 1,3") from None
     if positions[0] < 1 or positions[-1] > length - 2:
@@ -194,7 +201,7 @@ def render(tokens: list[Explained], colours: bool) -> str:
 
 def _verdict(token: Explained, generated: bool) -> str:
     said = "replaced" if token.probability > THRESHOLD else "original"
-    if not generated:
+    if not generated or token.replaced is None:
         return said
     right = (said == "replaced") == token.replaced
     return said if right else f"{said} (wrong)"

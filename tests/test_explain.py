@@ -47,6 +47,22 @@ def test_probabilities_are_the_networks_own(exported):
         assert token.replaced == (int(seen[0, place]) != ids[place])
 
 
+def test_masks_in_the_text_are_filled_in(exported, capsys):
+    pretrained = load_pretrained(exported)
+    asked = explain(pretrained, "the war of the states", mask="2,4")
+    written = explain(pretrained, "the [MASK] of [MASK] states")
+    both = explain(pretrained, "the [MASK] of the states", mask="4")
+    for tokens in (written, both):
+        assert [token.choices for token in tokens] == [token.choices for token in asked]
+        assert [token.shown for token in tokens] == [token.shown for token in asked]
+    assert [token.replaced for token in written[1:5]] == [False, None, False, None]
+    written[2].probability = 0.01
+    assert "(wrong)" not in render(written[2:3], colours=False)  # who knows
+    arguments = ["--model", exported / "discriminator", "the [MASK] of the states"]
+    assert fastelectra("explain", *arguments) == 2
+    assert "[MASK] needs a generator to fill it" in capsys.readouterr().err
+
+
 def test_draws_depend_on_the_seed_alone(exported):
     pretrained = load_pretrained(exported)
     first, again, other = (explain(pretrained, SENTENCE, seed=seed) for seed in (1, 1, 2))
