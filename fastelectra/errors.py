@@ -1,5 +1,6 @@
 """The one error type a user sees: a line that says what is wrong, where, and what to do."""
 
+import os
 import sys
 
 
@@ -10,12 +11,18 @@ class FastElectraError(Exception):
 def run(main, argv=None) -> int:
     """Run `main(argv)`; report a FastElectraError, an OS error or Ctrl-C without a traceback.
 
-    Returns the exit code: 0 success, 2 an error the user can mend, 130 interrupted.
+    Returns the exit code: 0 success, 2 an error the user can mend, 130 interrupted, 141 where what
+    reads the output has gone, as `head` does.
     """
     try:
-        return main(argv) or 0
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code
     except FastElectraError as error:
         message = str(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141
     except OSError as error:  # no permission, full disk, a path that is a folder …
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"

@@ -1,5 +1,6 @@
 """The installed command and package, from a folder of their own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ def test_an_error_is_one_line_whatever_a_file_has_for_names(capsys):
 
     assert errors.run(main) == 2
     assert capsys.readouterr().err == "error: of\\n\\x1b[2J\\ud800 ‘näme’\n"
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    config = Path(__file__).parents[1] / "configs/demo.json"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [COMMAND, "flops", "--config", str(config)],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_kernels_are_ours_and_not_at_top_level(tmp_path):
