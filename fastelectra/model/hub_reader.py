@@ -87,7 +87,7 @@ def read_networks(
     for network in (name for name in ARCHITECTURES if name in folders):
         for name, shape in shapes.items():
             if name.startswith(("embeddings.", f"{network}.")):
-                tensor = _our_tensor(name, shape, folders[network], tensors[network])
+                tensor = encoder_tensor(name, shape, folders[network], tensors[network])
                 differ |= not torch.equal(weights.setdefault(name, tensor), tensor)
     return Networks(folders, model, vocab_size, weights, differ)
 
@@ -184,9 +184,10 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def _our_tensor(
+def encoder_tensor(
     name: str, shape: torch.Size, folder: Path, tensors: dict[str, torch.Tensor]
 ) -> torch.Tensor:
+    """Our parameter `name` of theirs, in fp32. Raises FastElectraError: not there, or misshapen."""
     try:
         tensor = from_hub(name, tensors)
     except KeyError as error:
@@ -222,10 +223,3 @@ def read_encoder(folder: Path) -> tuple[ModelConfig, int, dict[str, torch.Tensor
         tensors = {f"electra.{name}": tensor for name, tensor in tensors.items()}
     network = {"discriminator": folder}, {"discriminator": config}
     return *_model_config(*network, fraction=1.0), tensors
-
-
-def encoder_tensor(
-    name: str, shape: torch.Size, folder: Path, tensors: dict[str, torch.Tensor]
-) -> torch.Tensor:
-    """Our parameter `name` of what read_encoder gave, in fp32. Raises FastElectraError."""
-    return _our_tensor(name, shape, folder, tensors)
