@@ -95,6 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         _begin(partial, settings)
         manifest = _prepare(args, sources, settings, skipped, partial)
         os.replace(partial, out)
+        (out / "lock").unlink()  # only now: without it what is in `partial` is not ours
     _report(out, manifest, skipped)
     return 0
 
@@ -205,8 +206,16 @@ def _is_done(out: Path, settings: dict) -> bool:
 
 @contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
-    """The folder beside `out` to work in, locked. An error removes it, an interruption does not."""
+    """The folder beside `out` to work in, locked. An error removes it, an interruption does not.
+
+    FastElectraError when it holds something else.
+    """
     partial = out.with_name(f"{out.name}.partial")
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / "lock").is_file():
+        raise FastElectraError(
+            f"{partial}, where `prepare` would work, has other files: move them, or choose another"
+            " --out"
+        )
     partial.mkdir(parents=True, exist_ok=True)
     with open(partial / "lock", "w") as lock:
         try:
@@ -280,7 +289,7 @@ def _prepare(
         shards=shards,
     )
     manifest.write(folder / "manifest.json")
-    for name in ("settings.json", "progress.json", "lock"):
+    for name in ("settings.json", "progress.json"):
         (folder / name).unlink()
     return manifest
 

@@ -331,6 +331,13 @@ class TestRefusals:
         assert "not a prepared corpus" in refusal(capsys, text, "--out", tmp_path / "out", *SMALL)
         assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
+    def test_so_is_one_where_it_would_work(self, text, tmp_path, capsys):
+        (tmp_path / "out.partial").mkdir()
+        (tmp_path / "out.partial/thesis.tex").write_text("x")
+        line = refusal(capsys, text, "--out", tmp_path / "out", *SMALL)
+        assert "out.partial, where `prepare` would work, has other files" in line
+        assert os.listdir(tmp_path / "out.partial") == ["thesis.tex"]
+
     def test_a_single_document_is_not_held_out(self, tmp_path, capsys):
         (tmp_path / "a.txt").write_text("The chef cooked the meal.\nIt was good.")
         assert prepare(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab-size", 60) == 0
