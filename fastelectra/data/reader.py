@@ -1,5 +1,6 @@
 """Input files to lines and documents, past what is damaged."""
 
+import codecs
 import gzip
 import io
 import json
@@ -63,7 +64,10 @@ class Reader:
         with raw:
             self._position = raw.tell
             try:
-                yield from kinds[source.kind](source, _decompressed(raw, source))
+                stream = _decompressed(raw, source)
+                if stream.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                    raise _Unreadable("UTF-16, not UTF-8: convert it (iconv -f utf-16 -t utf-8)")
+                yield from kinds[source.kind](source, stream)
             except (EOFError, zlib.error, gzip.BadGzipFile):
                 raise _Unreadable("damaged, cut off or not gzip from some place on") from None
             about = os.fstat(raw.fileno())

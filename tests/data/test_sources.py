@@ -205,6 +205,7 @@ class TestFinding:
 
 
 GOOD = [["good"], ["last"]]
+UTF_16 = "UTF-16, not UTF-8: convert it (iconv -f utf-16 -t utf-8)"
 DAMAGED = {  # content, what is read of it, what is said of the rest
     "latin.txt": (b"good\ncaf\xe9\n\n\xe9 1\nlast", GOOD, ("line is not UTF-8", 2, "byte 5")),
     "end.txt": (b"good\n\nlast\ncaf\xe9", GOOD, ("line is not UTF-8", 1, "byte 11")),
@@ -213,7 +214,8 @@ DAMAGED = {  # content, what is read of it, what is said of the rest
         GOOD,
         ("line is not UTF-8", 1, "byte of the unpacked text 6"),
     ),
-    "utf16.txt": ("text".encode("utf-16"), [], ("line is not UTF-8", 1, "byte 0")),
+    "utf16.txt": ("Привет\n".encode("utf-16"), [], (UTF_16, 1)),
+    "utf16.jsonl.gz": (gzip.compress("\ufeff{}".encode("utf-16-be")), [], (UTF_16, 1)),
     "text.txt.gz": (b"plain text", [], ("damaged, cut off or not gzip from some place on", 1)),
     "text.txt.zst": (b"plain text", [], ("damaged or not zstd from some place on", 1)),
     "cut.txt.zst": (zstandard.ZstdCompressor().compress(b"abcdefgh" * 9)[:-5], [], ("cut off", 1)),
