@@ -31,7 +31,8 @@ class Reader:
     Lines are stripped and never empty. `documents` says what a document of a .txt file is:
     "blank-line" (up to a blank line), "line" or "file"; in .jsonl and .parquet it is the text
     `field` of a record. Holds one line of text (LINE_BYTES) or one record at a time. What is
-    damaged is added to `skipped`; raises FastElectraError when records lack the field.
+    damaged is added to `skipped`; raises FastElectraError when a file's records begin without
+    text in the field.
     """
 
     def __init__(self, sources: Iterable[Source], documents: str, field: str, skipped: Skipped):
@@ -39,6 +40,7 @@ class Reader:
         self.skipped = skipped
         self._finished = 0
         self._position: Callable[[], int] = int
+        self._has_text = False  # in the field, a record of the present file
 
     @property
     def bytes_read(self) -> int:
@@ -47,6 +49,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[str | None]:
         for source in self.sources:
+            self._has_text = False
             try:
                 yield from self._lines_of(source)
             except _Unreadable as error:
@@ -108,13 +111,12 @@ class Reader:
                 continue
             if not text.strip():
                 continue
-            if not isinstance(values, dict) or self.field not in values:
-                names = list(values)[:8] if isinstance(values, dict) else []
-                raise FastElectraError(
-                    f"{source.path}, {where}: no field {self.field!r} (there is"
-                    f" {', '.join(names) or 'none'}); name it with --field"
-                )
-            yield from self._record(values[self.field], source, where)
+            if isinstance(values, dict) and self.field in values:
+                yield from self._record(values[self.field], source, where)
+                continue
+            names = list(values)[:8] if isinstance(values, dict) else []
+            hint = f" (there is {', '.join(names) or 'none'}); name it with --field"
+            self._misfit(source, where, f"no field {self.field!r}", hint)
 
     def _parquet(self, source: Source, stream: BinaryIO) -> Iterator[str | None]:
         library = _optional("pyarrow.parquet", source)
@@ -161,10 +163,10 @@ class Reader:
         if text is None:
             return
         if not isinstance(text, str):
-            raise FastElectraError(
-                f"{source.path}, {where}: field {self.field!r} is not text but"
-                f" {type(text).__name__}"
-            )
+            reason = f"field {self.field!r} is not text but {type(text).__name__}"
+            self._misfit(source, where, reason)
+            return
+        self._has_text = True
         try:
             stream = io.BytesIO(text.encode("utf-8"))
         except UnicodeEncodeError:
@@ -172,6 +174,12 @@ class Reader:
             return
         yield from (line for line in _lines(stream) if line)
         yield None
+
+    def _misfit(self, source: Source, where: str, reason: str, hint: str = "") -> None:
+        """A record of another kind: skipped among others with text, else likely a mistake."""
+        if not self._has_text:
+            raise FastElectraError(f"{source.path}, {where}: {reason}{hint}")
+        self.skipped.add(source.path, reason, where)
 
 
 def _stored(value) -> int:

@@ -228,6 +228,10 @@ DAMAGED = {  # content, what is read of it, what is said of the rest
     ),
     "latin.jsonl": (b'{"text": "good"}\n{"text": "\xe9"}\n{"text": "last"}', GOOD,
                     ("line is not UTF-8", 1, "line 2")),
+    "lacking.jsonl": (b'{"text": "good"}\n{"id": 1}\n[]\n{"text": "last"}', GOOD,
+                      ("no field 'text'", 2, "line 2")),
+    "number.jsonl": (b'{"text": "good"}\n{"text": 5}\n{"text": "last"}', GOOD,
+                     ("field 'text' is not text but int", 1, "line 2")),
     "text.parquet": (b"plain text", [], ("damaged or not Parquet from some place on", 1)),
     "empty.parquet": (b"", [], ("damaged or not Parquet from some place on", 1)),
 }  # fmt: skip
@@ -328,6 +332,13 @@ def test_records_of_another_kind_are_refused(name, tmp_path):
         read(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_that_another_file_has_the_field_does_not_excuse_a_file_without_it(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "b.jsonl").write_text('{"body": "b"}\n')
+    with pytest.raises(FastElectraError, match=r"b\.jsonl, line 1: no field 'text'"):
+        read(tmp_path)
 
 
 def test_a_jsonl_line_that_would_take_too_much_memory_is_skipped(tmp_path):
