@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from fastelectra.data import parquet
@@ -297,17 +297,22 @@ def _cut(data: bytes) -> int:
 def _decode(data: bytes, offset: int, skip: Callable[[int], None] | None) -> list[str | None]:
     """Lines without byte order mark and NULs; None for one that is not UTF-8.
 
-    `offset` is where `data` begins in the file.
+    `offset` is where `data` begins in the file. Where there is no newline, carriage returns end
+    lines, as on old Macs.
     """
-    try:
-        text = data.decode("utf-8-sig" if offset == 0 else "utf-8")
-        return text.replace("\0", "").split("\n")
-    except UnicodeDecodeError:
-        if b"\n" not in data:
+    end = b"\n" if b"\n" in data else b"\r"
+    with suppress(UnicodeDecodeError):  # mostly all of it is
+        return _utf8(data, offset).split(end.decode())
+    lines: list[str | None] = []
+    for line in data.split(end):
+        try:
+            lines.append(_utf8(line, offset))
+        except UnicodeDecodeError:
             skip(offset)
-            return [None]
-    lines = []
-    for line in data.split(b"\n"):
-        lines += _decode(line, offset, skip)
+            lines.append(None)
         offset += len(line) + 1
     return lines
+
+
+def _utf8(data: bytes, offset: int) -> str:
+    return data.decode("utf-8-sig" if offset == 0 else "utf-8").replace("\0", "")

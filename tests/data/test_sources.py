@@ -91,6 +91,14 @@ def test_line_ends_blank_lines_byte_order_marks_and_nuls(tmp_path):
     assert read(file) == [["one", "two"], ["three"], ["four"]]
 
 
+def test_carriage_returns_alone_end_lines(tmp_path):
+    file, skipped = tmp_path / "text.txt", Skipped()
+    file.write_bytes(b"\xef\xbb\xbfone\rtwo\r\rcaf\xe9\rthree\r")
+    assert read(file, skipped=skipped) == [["one", "two"], ["three"]]
+    (record,) = map(json.loads, skipped.to_jsonl(tmp_path))
+    assert (record["count"], record["first"]) == (1, "byte 12")
+
+
 def test_blank_lines_inside_a_record_do_not_end_it(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "a\n\nb\u0000\r\nc"}) + "\n\n" + '{"text": null}\n')
@@ -106,7 +114,7 @@ def test_another_field(tmp_path):
 @given(
     text=st.text(alphabet="ab é東😀\n\t.", max_size=300),
     limit=st.integers(8, 40),
-    newline=st.sampled_from(["\n", "\r\n"]),
+    newline=st.sampled_from(["\n", "\r\n", "\r"]),
 )
 @settings(deadline=None)
 def test_long_lines_are_cut_and_nothing_is_lost(tmp_path_factory, text, limit, newline):
