@@ -126,10 +126,10 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
 def read(path: Path, lowercase: bool, strip_accents: bool, split_chinese: bool = True) -> Tokenizer:
     """Read a vocab.txt, or a tokenizer.json (which itself says how text is normalised)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise FastElectraError(f"{path} is not UTF-8 text") from None
-    tokens = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+    tokens = text.rstrip("\n").split("\n")
     is_json = path.suffix == ".json"
     style = lowercase, strip_accents, split_chinese
     tokenizer = _from_json(text, path) if is_json else build(tokens, *style)

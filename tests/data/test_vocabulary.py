@@ -112,6 +112,14 @@ def test_a_vocabulary_that_is_given_is_kept(tmp_path, tokenizer, style):
         assert vocabulary.line_encoder(again)(SENTENCES) == expected
 
 
+def test_a_vocabulary_that_an_editor_has_saved(tmp_path):
+    """With a byte order mark, carriage returns, and empty lines at the end."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
+    text = "\ufeff" + "".join(f"{word}\r\n" for word in [*words, "", ""])
+    (tmp_path / "vocab.txt").write_bytes(text.encode())
+    assert entries(vocabulary.read(tmp_path / "vocab.txt", True, True)) == words
+
+
 def test_a_tokenizer_with_other_normalisation_works_and_loads_in_transformers(tmp_path, tokenizer):
     description = json.loads(tokenizer.to_str())
     description["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
