@@ -40,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `prepare`."""
     # fmt: off
     add = parser.add_argument
-    add("inputs", nargs="*", metavar="INPUT",
+    path = os.path.expanduser  # shells leave the ~ in --out=~/corpus
+    add("inputs", nargs="*", type=path, metavar="INPUT",
         help="files, folders or globs of .txt, .jsonl or .parquet, each also .gz or .zst")
     add("--demo", action="store_true", help="fetch and prepare the demo text (17 MB)")
-    add("--out", metavar="DIR", help="folder to make (with --demo: data/demo)")
+    add("--out", type=path, metavar="DIR", help="folder to make (with --demo: data/demo)")
     document = parser.add_mutually_exclusive_group()
     document.add_argument(
         "--one-document-per-file", dest="documents", action="store_const", const="file",
@@ -54,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--field", default="text", metavar="NAME",
         help="of .jsonl and .parquet records that holds the text (default: text)")
     words = parser.add_mutually_exclusive_group()
-    words.add_argument("--vocab", metavar="FILE", help="use this vocab.txt or tokenizer.json")
+    words.add_argument("--vocab", type=path, metavar="FILE",
+        help="use this vocab.txt or tokenizer.json")
     words.add_argument(
         "--vocab-size", type=int, metavar="N",
         help=f"train a WordPiece vocabulary (default: {VOCAB_SIZE}, demo {demo.VOCAB_SIZE})")

@@ -350,6 +350,13 @@ class TestRefusals:
         assert prepare(text, "--out", tmp_path / "out", *SMALL) == 0
         open_corpus(tmp_path / "out")
 
+    def test_a_home_folder_that_the_shell_did_not_name(self, text, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert prepare("~/a.txt", "--out=~/out", *SMALL) == 0
+        vocab = "--vocab=~/out/tokenizer/vocab.txt"
+        assert prepare("~/*.txt", "--out=~/again", vocab) == 0
+        open_corpus(tmp_path / "again")
+
     def test_a_link_to_an_empty_folder_is_followed(self, text, tmp_path):
         (tmp_path / "there").mkdir()
         (tmp_path / "link").symlink_to("there")
