@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of .jsonl and .parquet records that holds the text (default: text)")
     words = parser.add_mutually_exclusive_group()
     words.add_argument("--vocab", type=path, metavar="FILE",
-        help="use this vocab.txt or tokenizer.json")
+        help="use this vocab.txt or tokenizer.json, or that of a folder")
     words.add_argument(
         "--vocab-size", type=int, metavar="N",
         help=f"train a WordPiece vocabulary (default: {VOCAB_SIZE}, demo {demo.VOCAB_SIZE})")
@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.vocab:
+        args.vocab = str(vocabulary.file_of(Path(args.vocab)))
     _check(args)
     out = _destination(args.out or "data/demo")
     skipped = Skipped()

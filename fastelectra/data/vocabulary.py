@@ -123,7 +123,19 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
 
 
-def read(path: Path, lowercase: bool, strip_accents: bool, split_chinese: bool = True) -> Tokenizer:
+def file_of(path: Path) -> Path:
+    """Of a Hugging Face folder its tokenizer.json, else its vocab.txt; a file is itself."""
+    if not path.is_dir():
+        return path
+    names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
+    if not names:
+        raise FastElectraError(f"{path} has no tokenizer: expected tokenizer.json or vocab.txt")
+    return path / names[0]
+
+
+def read(
+    path: Path, lowercase: bool = True, strip_accents: bool = True, split_chinese: bool = True
+) -> Tokenizer:
     """Read a vocab.txt, or a tokenizer.json (which itself says how text is normalised)."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -245,7 +257,7 @@ def copy(folder: Path, to: Path) -> None:
 
 def load(folder: Path) -> Tokenizer:
     """The tokenizer of a folder; FastElectraError when there is none to use."""
-    return read(folder / "tokenizer.json", lowercase=True, strip_accents=True)  # it knows itself
+    return read(folder / "tokenizer.json")
 
 
 def line_encoder(tokenizer: Tokenizer) -> LineEncoder:

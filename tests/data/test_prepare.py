@@ -109,6 +109,13 @@ class TestResult:
         assert shard.tokens.dtype == np.uint32
         assert shard.tokens.tolist() == [6, 70_004, 1]
 
+    @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt"])
+    def test_a_folder_with_a_vocabulary(self, name, corpus, text_file, tmp_path):
+        (tmp_path / name).write_bytes((corpus.tokenizer_dir / name).read_bytes())
+        assert prepare(text_file, "--vocab", tmp_path, "--out", tmp_path / "out") == 0
+        fingerprint = open_corpus(tmp_path / "out").tokenizer_fingerprint
+        assert fingerprint == corpus.tokenizer_fingerprint
+
     def test_styles_reach_the_tokenizer(self, tmp_path):
         (tmp_path / "a.txt").write_text("Zürich " * 50, encoding="utf-8")
         for options, text in {
@@ -301,6 +308,7 @@ class TestRefusals:
             (["{text}", "--out", "{out}", "--vocab-size", "9"], "--vocab-size 9 is too small"),
             (["{text}", "--out", "{out}", "--vocab", "{text}.no"], "no such file"),
             (["{text}", "--out", "{out}", "--vocab", "{text}"], "lacks [PAD]"),
+            (["{text}", "--out", "{out}", "--vocab", "{folder}"], "has no tokenizer: expected"),
             (["{text}.no", "--out", "{out}"], "no such file or folder"),
             (["{text}", "--out", "{text}/out"], "Not a directory"),
             (["{text}", "--out", "{text}"], "choose another --out"),
@@ -310,7 +318,7 @@ class TestRefusals:
         ],
     )
     def test_arguments(self, arguments, message, text, capsys):
-        places = {"text": text, "out": text.parent / "out"}
+        places = {"text": text, "out": text.parent / "out", "folder": text.parent}
         line = refusal(capsys, *(argument.format(**places) for argument in arguments))
         assert message in line
         assert os.listdir(text.parent) == ["a.txt"]
