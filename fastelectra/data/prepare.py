@@ -32,6 +32,7 @@ from fastelectra.errors import FastElectraError
 SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
 VOCAB_SIZE = 30522  # as the paper's
 MOST_ENTRIES = 1 << 24  # of a vocabulary that is trained
+MOST_UNKNOWN = 0.05  # of the tokens, before a warning
 SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
 _GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
@@ -156,9 +157,8 @@ def _settings(args: argparse.Namespace, found: Sources, skipped: Skipped) -> tup
         "bytes": sum(source.size for source in used),
         "sha256": contents.hexdigest(),  # of each file's content and name
     }
-    words: dict = {"lowercase": not args.cased, "strip_accents": not _keeps_accents(args)}
+    words: dict = _style(args)
     if args.vocab:
-        words = {} if args.vocab.endswith(".json") else words
         words["sha256"] = file_sha256(Path(args.vocab))
     else:
         default = demo.VOCAB_SIZE if args.demo else VOCAB_SIZE
@@ -187,8 +187,12 @@ def _root(sources: Iterable[Source]) -> Path:
     return Path(reduce(lambda a, b: os.path.commonpath((a, b)), folders))
 
 
-def _keeps_accents(args: argparse.Namespace) -> bool:
-    return args.cased or args.keep_accents
+def _style(args: argparse.Namespace) -> dict[str, bool]:
+    """How text is normalised: by the options, else as the vocabulary's folder says."""
+    keeps_accents = args.cased or args.keep_accents
+    if args.vocab and not keeps_accents:
+        return vocabulary.normalisation(Path(args.vocab))
+    return {"lowercase": not args.cased, "strip_accents": not keeps_accents}
 
 
 def _is_done(out: Path, settings: dict) -> bool:
@@ -299,15 +303,14 @@ def _prepare(
 
 
 def _make_tokenizer(args: argparse.Namespace, sources: Sources, settings: dict):
-    style = not args.cased, not _keeps_accents(args)
     if args.vocab:
-        return vocabulary.read(Path(args.vocab), *style)
+        return vocabulary.read(Path(args.vocab), **_style(args))
     reader = Reader(sources, args.documents, args.field, Skipped())
     share = SAMPLE_BYTES / sum(source.text_bytes for source in sources)
     with Progress("making the vocabulary", sum(source.size for source in sources)) as progress:
         texts = _sample(reader, share, lambda: progress.update(reader.bytes_read))
         try:
-            tokenizer = vocabulary.train(texts, settings["vocabulary"]["size"], *style)
+            tokenizer = vocabulary.train(texts, **settings["vocabulary"])
         except FastElectraError as error:
             raise FastElectraError(f"{error}{reader.skipped}") from None
     with suppress(OSError, AttributeError):  # give 400 MB back before the workers start
@@ -358,15 +361,22 @@ def _hash(data: bytes) -> int:
 def _report(out: Path, manifest: Manifest, skipped: Skipped) -> None:
     counts = manifest.counts
     heldout = sum(shard.documents for shard in manifest.shards if shard.split == "heldout")
+    unknown = counts["unknown"] / counts["tokens"]
     print(
         f"{out}: {counts['documents']:,} documents ({heldout:,} held out),"
-        f" {counts['tokens']:,} tokens ({counts['unknown'] / counts['tokens']:.2%} unknown),"
+        f" {counts['tokens']:,} tokens ({unknown:.2%} unknown),"
         f" vocabulary {manifest.vocab_size:,}",
         file=sys.stderr,
     )
     if skipped:
         reasons = ", ".join(f"{count:,} × {why}" for why, count in skipped.by_reason().items())
         print(f"skipped: {reasons}; listed in {out / 'skipped.jsonl'}", file=sys.stderr)
+    if unknown > MOST_UNKNOWN:
+        print(
+            f"warning: {unknown:.0%} of the tokens are [UNK]: is this the vocabulary of this"
+            " language and case?",
+            file=sys.stderr,
+        )
     if counts["documents"] == 1:
         print(
             "warning: the text is a single document, so none is held out to evaluate on; blank"

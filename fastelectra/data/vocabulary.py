@@ -133,6 +133,28 @@ def file_of(path: Path) -> Path:
     return path / names[0]
 
 
+def normalisation(file: Path) -> dict[str, bool]:
+    """What to read a vocab.txt with: what a tokenizer_config.json beside it says, as BERT's does.
+
+    Raises FastElectraError for a damaged one. A tokenizer.json needs nothing.
+    """
+    if file.suffix == ".json":
+        return {}
+    config = file.with_name("tokenizer_config.json")
+    try:
+        settings = json.loads(config.read_bytes()) if config.is_file() else {}
+        lowercase = settings.get("do_lower_case", True)
+        accents = settings.get("strip_accents")
+        chinese = settings.get("tokenize_chinese_chars", True)
+    except (ValueError, AttributeError, RecursionError):
+        raise FastElectraError(
+            f"{config} is not a JSON object: mend it, or move {file.name} to another folder"
+        ) from None
+    strips = lowercase if accents is None else accents
+    style = {"lowercase": bool(lowercase), "strip_accents": bool(strips)}
+    return style if chinese else style | {"split_chinese": False}
+
+
 def read(
     path: Path, lowercase: bool = True, strip_accents: bool = True, split_chinese: bool = True
 ) -> Tokenizer:

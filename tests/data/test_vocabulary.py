@@ -112,6 +112,31 @@ def test_a_vocabulary_that_is_given_is_kept(tmp_path, tokenizer, style):
         assert vocabulary.line_encoder(again)(SENTENCES) == expected
 
 
+STATED = [{}, {"do_lower_case": False}, {"do_lower_case": True, "strip_accents": False},
+          {"do_lower_case": False, "strip_accents": True}, {"tokenize_chinese_chars": False},
+          {"strip_accents": None}]  # fmt: skip
+
+
+@pytest.mark.parametrize("stated", STATED, ids=str)
+def test_what_a_folder_says_of_its_vocabulary_holds_as_in_transformers(stated, tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Zürich", "zürich", "Zurich", "zurich",
+             "東", "京", "東京"]  # fmt: skip
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(words) + "\n", encoding="utf-8")
+    config = {"tokenizer_class": "BertTokenizer", **stated}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = vocabulary.read(file, **vocabulary.normalisation(file))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)(["Zürich 東京"], add_special_tokens=False)
+    assert vocabulary.line_encoder(ours)(["Zürich 東京"]) == theirs["input_ids"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null"])
+def test_a_damaged_description_of_a_vocabulary_is_named(content, tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(FastElectraError, match=r"tokenizer_config\.json is not a JSON object"):
+        vocabulary.normalisation(tmp_path / "vocab.txt")
+
+
 def test_a_vocabulary_that_an_editor_has_saved(tmp_path):
     """With a byte order mark, carriage returns, and empty lines at the end."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]
