@@ -10,6 +10,8 @@ import os
 import shutil
 import sqlite3
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,6 +35,7 @@ SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
 VOCAB_SIZE = 30522  # as the paper's
 MOST_ENTRIES = 1 << 24  # of a vocabulary that is trained
 MOST_UNKNOWN = 0.05  # of the tokens, before a warning
+MOST_DAMAGED = 0.01  # of the characters, likewise
 SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
 _GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
@@ -309,13 +312,35 @@ def _make_tokenizer(args: argparse.Namespace, sources: Sources, settings: dict):
     share = SAMPLE_BYTES / sum(source.text_bytes for source in sources)
     with Progress("making the vocabulary", sum(source.size for source in sources)) as progress:
         texts = _sample(reader, share, lambda: progress.update(reader.bytes_read))
+        characters: Counter[str] = Counter()
         try:
-            tokenizer = vocabulary.train(texts, **settings["vocabulary"])
+            tokenizer = vocabulary.train(_counted(texts, characters), **settings["vocabulary"])
         except FastElectraError as error:
             raise FastElectraError(f"{error}{reader.skipped}") from None
+    if settings["vocabulary"]["strip_accents"]:
+        _warn_of_damage(characters)
     with suppress(OSError, AttributeError):  # give 400 MB back before the workers start
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return tokenizer
+
+
+def _counted(texts: Iterable[str], characters: Counter[str]) -> Iterator[str]:
+    """The same; every 17th character is counted."""
+    for text in texts:
+        characters.update(text[::17])
+        yield text
+
+
+def _warn_of_damage(characters: Counter[str]) -> None:
+    damaged = vocabulary.damaged_letters(characters)
+    share = damaged.total() / max(1, characters.total())
+    if share > MOST_DAMAGED:
+        names = (unicodedata.name(letter, "?") for letter, _ in damaged.most_common(2))
+        print(
+            f"warning: the removal of accents changes {share:.0%} of the characters, such as"
+            f" {' and '.join(names)}: prepare again with --keep-accents",
+            file=sys.stderr,
+        )
 
 
 def _sample(lines: Iterable[str | None], share: float, report: Callable[[], None]) -> Iterator[str]:

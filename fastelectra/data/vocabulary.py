@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 WORDS_BYTES = 8 << 20  # of all different words to learn from, which takes 60 times as much memory
 MOST_CHARACTERS = 100  # of a word; longer ones become [UNK], as BERT's do
 _TOO_LONG = re.compile(rf"(?<![^ ])[^ ]{{{MOST_CHARACTERS + 1},}}")
+EUROPEAN = ("LATIN", "GREEK", "CYRILLIC", "COMBINING")  # characters' names begin so
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -121,6 +124,20 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
     seen = np.flatnonzero(counts)
     kept = np.sort(seen[np.lexsort((seen, -counts[seen]))][:ALPHABET_LIMIT])
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
+
+
+def damaged_letters(characters: Counter[str]) -> Counter[str]:
+    """Those that lose a part with their accents though it is none: vowel signs, voicing marks.
+
+    In Latin, Greek and Cyrillic script an accent is one.
+    """
+    keep, strip = (_normalizer(False, strips).normalize_str for strips in (False, True))
+    return Counter({
+        character: count
+        for character, count in characters.items()
+        if keep(character) != strip(character)
+        and not unicodedata.name(character, "").startswith(EUROPEAN)
+    })  # fmt: skip
 
 
 def file_of(path: Path) -> Path:

@@ -144,6 +144,27 @@ class TestResult:
             assert tokenizer.encode("Zürich", add_special_tokens=False).tokens == [text]
 
 
+HARMED = {  # by the removal of accents; None: not
+    "これは日本語の文章です。ガラスです。": "HIRAGANA LETTER DE",
+    "यह हिन्दी का वाक्य है।": "DEVANAGARI SIGN VIRAMA",
+    "ฉันไปโรงเรียนที่นี่": "THAI CHARACTER",
+    "나는 학교에 갑니다.": "HANGUL SYLLABLE",
+    "Ёлка й Zürich, Việt Nam, Ελλάδα, cafe\u0301": None,
+}
+
+
+@pytest.mark.parametrize("sentence", HARMED)
+def test_where_accents_are_parts_of_letters_their_removal_is_warned_of(sentence, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(f"{sentence}\n\n" * 99, encoding="utf-8")
+    assert prepare(tmp_path / "a.txt", "--out", tmp_path / "out", *SMALL) == 0
+    warning, harm = capsys.readouterr().err, HARMED[sentence]
+    assert ("removal of accents" in warning) == (harm is not None)
+    assert harm is None or (harm in warning and "--keep-accents" in warning)
+    options = ("--keep-accents", "--out", tmp_path / "kept")
+    assert prepare(tmp_path / "a.txt", *options, *SMALL) == 0
+    assert "removal of accents" not in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """Three files of three kinds, with documents longer than a (small) chunk."""
