@@ -94,6 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     out = _destination(args.out or "data/demo")
     skipped = Skipped()
     sources = find_sources([str(demo.demo_text())] if args.demo else args.inputs)
+    other_kinds = sources.other_kinds
     sources, settings = _settings(args, sources, skipped)
     if _is_done(out, settings):
         print(f"{out} is prepared already", file=sys.stderr)
@@ -104,7 +105,7 @@ def _run(args: argparse.Namespace) -> int:
         manifest = _prepare(args, sources, settings, skipped, partial)
         os.replace(partial, out)
         (out / "lock").unlink()  # only now: without it what is in `partial` is not ours
-    _report(out, manifest, skipped)
+    _report(out, manifest, skipped, other_kinds)
     return 0
 
 
@@ -383,7 +384,7 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _report(out: Path, manifest: Manifest, skipped: Skipped) -> None:
+def _report(out: Path, manifest: Manifest, skipped: Skipped, other_kinds: Counter[str]) -> None:
     counts = manifest.counts
     heldout = sum(shard.documents for shard in manifest.shards if shard.split == "heldout")
     unknown = counts["unknown"] / counts["tokens"]
@@ -396,6 +397,14 @@ def _report(out: Path, manifest: Manifest, skipped: Skipped) -> None:
     if skipped:
         reasons = ", ".join(f"{count:,} × {why}" for why, count in skipped.by_reason().items())
         print(f"skipped: {reasons}; listed in {out / 'skipped.jsonl'}", file=sys.stderr)
+    if other_kinds:
+        endings = [ending for ending, _ in other_kinds.most_common()]
+        named = ", ".join(endings[:5]) + ", …" * (len(endings) > 5)
+        print(
+            f"left out: {other_kinds.total():,} file{'s' * (other_kinds.total() > 1)} of other"
+            f" kinds ({named})",
+            file=sys.stderr,
+        )
     if unknown > MOST_UNKNOWN:
         print(
             f"warning: {unknown:.0%} of the tokens are [UNK]: is this the vocabulary of this"

@@ -20,6 +20,7 @@ from fastelectra.errors import FastElectraError
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 SKIPPED = "skipped.jsonl"  # in a corpus: what was left out
+MADE = ("manifest.json", SKIPPED, ".tokens", ".lines")  # how the names of a corpus's files end
 COMPRESSION_RATIO = 3  # about, of English text
 
 
@@ -44,6 +45,7 @@ class Sources:
     """Input files in the order they were added, each with a key that no other one has."""
 
     def __init__(self):
+        self.other_kinds: Counter[str] = Counter()  # files left out, by how their names end
         self._files = _database(
             "CREATE TABLE files (number INTEGER PRIMARY KEY, key BLOB UNIQUE, path BLOB, kind TEXT,"
             " compression TEXT, size INTEGER, changed TEXT)"
@@ -134,34 +136,37 @@ def find_sources(inputs: Sequence[str]) -> Sources:
 
     Raises FastElectraError for an input that does not exist, is empty or of an unknown kind.
     """
-    found = Sources()
+    found, others = Sources(), Sources()
     for name in inputs:
         some = False
         for file in _files(name):
             about = _about(file)
-            if about and stat.S_ISREG(about.st_mode):
+            if not about or not stat.S_ISREG(about.st_mode):
+                continue
+            key, kind = os.fsencode(os.path.realpath(file)), _suffixes(file)
+            source = Source(file, *(kind or ("", "")), about.st_size, str(about.st_mtime_ns))
+            if kind:
                 some = True
-                source = Source(file, *_suffixes(file), about.st_size, str(about.st_mtime_ns))
-                found.add(os.fsencode(os.path.realpath(file)), source)
+                found.add(key, source)
+            elif not others.add(key, source):
+                found.other_kinds[_ending(file)] += 1
         if not some:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
     return found
 
 
-def _files(name: str) -> Iterator[str]:
-    """What a file, folder or glob has, of the kinds that can be read."""
+def _files(name: str) -> Iterable[str]:
+    """What a file, folder or glob has, of any kind."""
     if os.path.isdir(name):
-        candidates: Iterable[str] = _below(str(Path(name)))
-    elif os.path.exists(name):
+        return _below(str(Path(name)))
+    if os.path.exists(name):
         if _suffixes(name) is None:
             raise FastElectraError(f"{name}: unknown kind of file; {_expected()}")
-        candidates = [str(Path(name))]
-    else:
-        matches = sorted(glob.glob(name, recursive=True))
-        if not matches:
-            raise FastElectraError(f"{name}: no such file or folder")
-        candidates = (f for m in matches for f in (_below(m) if os.path.isdir(m) else [m]))
-    return filter(_suffixes, candidates)
+        return [str(Path(name))]
+    matches = sorted(glob.glob(name, recursive=True))
+    if not matches:
+        raise FastElectraError(f"{name}: no such file or folder")
+    return (f for m in matches for f in (_below(m) if os.path.isdir(m) else [m]))
 
 
 def _about(file: str) -> os.stat_result | None:
@@ -204,9 +209,9 @@ def _below(folder: str) -> Iterator[str]:
                         folders.append(entry.path)
                     elif entry.is_symlink() and _is_folder(entry.path):
                         linked.append(os.path.realpath(entry.path))
-                    elif tokenizer or (corpus and entry.name == SKIPPED):
+                    elif tokenizer or (corpus and entry.name.endswith(MADE)):
                         continue  # vocab.txt is no text
-                    elif _suffixes(entry.name):
+                    else:
                         name = os.path.join(real, entry.name)
                         key = os.fsencode(name).replace(os.sep.encode(), b"\0")  # folder by folder
                         values = (key, os.fsencode(entry.path))
@@ -229,6 +234,15 @@ def _suffixes(name: str) -> tuple[str, str] | None:
     name = name.removesuffix(compression)
     kind = next((ending for ending in KINDS if name.endswith(ending)), None)
     return None if kind is None else (kind, compression)
+
+
+def _ending(name: str) -> str:
+    """What a person takes for its kind; a number is none."""
+    stem, ending = os.path.splitext(name.lower())
+    if ending in COMPRESSIONS:
+        ending = os.path.splitext(stem)[1] + ending
+    word = ending.replace(".", "")
+    return ending if word.isalnum() and not word.isdigit() and len(word) < 12 else "no ending"
 
 
 def _expected() -> str:

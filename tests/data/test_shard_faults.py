@@ -217,6 +217,20 @@ def test_copies_links_and_empty_files_are_used_once_and_listed(tmp_path, capsys)
     assert summary in capsys.readouterr().err
 
 
+def test_files_of_other_kinds_are_counted(tmp_path, capsys):
+    """Each once, and not what `prepare` made."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.txt", "b.json", "b.json.gz", "c.MD", "d.md", "Makefile", "log.1", "e.\x1b[1m"):
+        (folder / name).write_text(make_text(2), encoding="utf-8")
+    line = "left out: 7 files of other kinds (no ending, .md, .json, .json.gz)\n"
+    prepared(tmp_path)
+    assert line in capsys.readouterr().err
+    out = ("--out", tmp_path / "again", "--vocab-size", 300)
+    assert prepare(tmp_path, folder, folder / "*", *out) == 0
+    assert line in capsys.readouterr().err
+
+
 def test_bad_bytes_cost_their_line_only(tmp_path):
     """The corpus is what it would be without these lines, NULs and carriage returns."""
     good = make_text(40)
