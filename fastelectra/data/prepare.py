@@ -411,9 +411,13 @@ def _report(out: Path, manifest: Manifest, skipped: Skipped, other_kinds: Counte
             " language and case?",
             file=sys.stderr,
         )
-    if counts["documents"] == 1:
+    if not any(shard.tokens for shard in manifest.shards if shard.split == "heldout"):
+        advice = "give --heldout-fraction above 0"
+        if manifest.settings["heldout_fraction"]:
+            advice = (
+                "give more documents, or separate those of a .txt by blank lines or with"
+                " --one-document-per-line"
+            )
         print(
-            "warning: the text is a single document, so none is held out to evaluate on; blank"
-            " lines separate documents",
-            file=sys.stderr,
+            f"warning: no text is held out, which training evaluates on: {advice}", file=sys.stderr
         )

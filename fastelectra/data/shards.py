@@ -124,8 +124,11 @@ class Corpus:
         self.tokenizer_dir = path / "tokenizer"
 
     def split(self, name: str) -> list[Shard]:
-        """The shards of "train" or "heldout" that hold any text, memory-mapped."""
-        return [
+        """The shards of "train" or "heldout" that hold any text, memory-mapped.
+
+        Raises FastElectraError when there is none.
+        """
+        shards = [
             Shard(
                 _map(self._file(entry, "tokens"), self.manifest.token_dtype),
                 _map(self._file(entry, "lines"), LINES_DTYPE),
@@ -134,6 +137,12 @@ class Corpus:
             for entry in self.manifest.shards
             if entry.split == name and entry.tokens
         ]
+        if not shards:
+            raise FastElectraError(
+                f"{self.path} has no text in its {name} split: prepare it again from several"
+                " documents, with --heldout-fraction above 0"
+            )
+        return shards
 
     def check(self) -> None:
         """Quick whatever the size; FastElectraError when a file is missing, cut off or another's.

@@ -44,8 +44,7 @@ def shape_for(shards: Sequence[Shard], data: DataConfig, tokens: int) -> BatchSh
     Attention on GPUs spends time on every example that there is room for, also where there is none:
     the room is what the first shard's examples need. Raises FastElectraError for a damaged one.
     """
-    first = next((shard for shard in shards if len(shard.tokens)), None)
-    mean = 1 if first is None else mean_length(_sound(first, data).lines, data.max_length)
+    mean = mean_length(_sound(shards[0], data).lines, data.max_length)
     return BatchShape.of(tokens, data.max_length, data.mask_fraction, mean)
 
 
@@ -56,10 +55,7 @@ def _sound(shard: Shard, data: DataConfig) -> Shard:
 
 
 class BatchStream:
-    """Packed, masked batches of one split of a corpus.
-
-    Raises FastElectraError when the split has no tokens.
-    """
+    """Packed, masked batches of one split of a corpus."""
 
     def __init__(
         self,
@@ -70,11 +66,6 @@ class BatchStream:
         batches_per_step: int,
         seed: int,
     ):
-        if not any(len(shard.tokens) for shard in shards):
-            raise FastElectraError(
-                f"{data.path}: this split has no text; prepare more documents or another"
-                " --heldout-fraction"
-            )
         self.shards, self.data, self.shape = list(shards), data, shape
         self.batches_per_step, self.seed = batches_per_step, seed
         self._special = np.array([special.cls, special.sep, special.mask], np.int32)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from fastelectra.data import encoding, writer
 from fastelectra.data.shards import open_corpus
+from fastelectra.errors import FastElectraError
 
 SMALL = ("--vocab-size", 300)
 
@@ -93,10 +94,13 @@ class TestResult:
         )
         assert len(set(train) & set(heldout)) <= 2  # the first two documents are placed by number
 
-    def test_nothing_is_held_out_when_nothing_is_asked_for(self, text_file, tmp_path):
+    def test_nothing_is_held_out_when_nothing_is_asked_for(self, text_file, tmp_path, capsys):
         out = tmp_path / "out"
         assert prepare(text_file, "--out", out, "--heldout-fraction", 0, *SMALL) == 0
-        assert open_corpus(out).split("heldout") == []
+        advice = "no text is held out, which training evaluates on: give --heldout-fraction above 0"
+        assert advice in capsys.readouterr().err
+        with pytest.raises(FastElectraError, match="no text in its heldout split"):
+            open_corpus(out).split("heldout")
         assert open_corpus(out).manifest.counts["documents"] == 300
 
     def test_a_large_vocabulary_takes_four_bytes_a_token(self, tmp_path):
@@ -385,9 +389,9 @@ class TestRefusals:
     def test_a_single_document_is_not_held_out(self, tmp_path, capsys):
         (tmp_path / "a.txt").write_text("The chef cooked the meal.\nIt was good.")
         assert prepare(tmp_path / "a.txt", "--out", tmp_path / "out", "--vocab-size", 60) == 0
-        assert "warning: the text is a single document" in capsys.readouterr().err
-        corpus = open_corpus(tmp_path / "out")
-        assert (len(corpus.split("train")), len(corpus.split("heldout"))) == (1, 0)
+        assert "no text is held out" in (warning := capsys.readouterr().err)
+        assert "blank lines or with --one-document-per-line" in warning
+        assert len(open_corpus(tmp_path / "out").split("train")) == 1
 
     def test_an_empty_folder_is_used(self, text, tmp_path):
         (tmp_path / "out").mkdir()

@@ -207,11 +207,6 @@ def test_a_corpus_smaller_than_a_step_runs_through_several_epochs(tiny):
     assert int(heldout.cu_seqlens[-1]) == len(["the", "guest", "ate", "it", "."]) + 2 or heldout
 
 
-def test_a_split_without_text_is_refused(tiny):
-    with pytest.raises(FastElectraError, match="no text"):
-        BatchStream([], tiny.special, DataConfig(path="x"), BatchShape.of(256, 48, 0.15), 1, 0)
-
-
 class TestPrefetch:
     def test_keeps_the_order(self):
         assert list(prefetch(iter(range(100)), 3)) == list(range(100))
