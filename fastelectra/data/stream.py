@@ -75,14 +75,9 @@ class BatchStream:
     ) -> Iterator[tuple[list[Batch], Position]]:
         """Without end: this rank's micro-batches of each step, and the position after the step.
 
-        `step` is the number of the first one. Batch b of a step goes to rank b mod `world`.
+        `step` is the number of the first one. Batch b of a step goes to rank b mod `world`, which
+        divides the batches of a step.
         """
-        if self.batches_per_step % world:
-            raise FastElectraError(
-                f"{world} processes cannot share {self.batches_per_step} micro-batches a step"
-                " evenly: make training.batch_tokens / training.micro_batch_tokens a multiple of"
-                f" {world}"
-            )
         upcoming = self._places(position)
         while True:
             places = [next(upcoming) for _ in range(self.batches_per_step)]
@@ -163,7 +158,10 @@ def _totals(places) -> torch.Tensor:
 
 
 def prefetch(iterator: Iterator, depth: int) -> Iterator:
-    """The same items, `depth` of them made ahead in a daemon thread; its exceptions pass on."""
+    """The same items, `depth` of them made ahead in a daemon thread; its exceptions pass on.
+
+    The thread starts when the first item is asked for.
+    """
     ready: queue.Queue = queue.Queue(maxsize=depth)
     stopped = threading.Event()
 
@@ -188,20 +186,17 @@ def prefetch(iterator: Iterator, depth: int) -> Iterator:
         stopped.set()
         worker.join()
 
-    def items() -> Iterator:
-        try:
-            while True:
-                kind, value = ready.get()
-                if kind == "end":
-                    return
-                if kind == "error":
-                    raise value
-                yield value
-        finally:
-            stop()
-            atexit.unregister(stop)
-
     worker = threading.Thread(target=work, name="prefetch", daemon=True)
     worker.start()
     atexit.register(stop)  # a thread in native code at the interpreter's exit would abort it
-    return items()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stop()
+        atexit.unregister(stop)
