@@ -38,12 +38,10 @@ from fastelectra.model.hub_reader import (
     SHARED,
     SIZES,
     hub_folders,
-    read_json,
     read_networks,
 )
 from fastelectra.training import checkpoint
 
-BERT_TOKENIZERS = ("ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast")
 EMBEDDINGS_DIFFER = "the two networks' embeddings differ: took the discriminator's"
 
 
@@ -106,43 +104,13 @@ def _build(
 
 def read_tokenizer(folder: Path, vocab_size: int) -> tuple[Tokenizer, dict[str, int]]:
     """The tokenizer of a folder and its special tokens' ids; from vocab.txt alone if need be."""
-    file = folder / "tokenizer.json"
-    if file.is_file():
-        tokenizer = vocabulary.load(folder)
-    elif (file := folder / "vocab.txt").is_file():
-        tokenizer = vocabulary.read(file, *_normalisation(folder / "tokenizer_config.json"))
-    else:
-        raise FastElectraError(f"{folder} has no tokenizer: expected tokenizer.json or vocab.txt")
+    file = vocabulary.file_of(folder)
+    tokenizer = vocabulary.read(file, **vocabulary.normalisation(file))
     if tokenizer.get_vocab_size() > vocab_size:
         raise FastElectraError(
             f"{file} has {tokenizer.get_vocab_size()} entries, more than the model's {vocab_size}"
         )
     return tokenizer, dataclasses.asdict(vocabulary.SpecialTokens.of(tokenizer, str(file)))
-
-
-def _normalisation(config: Path) -> tuple[bool, bool, bool]:
-    """What BERT's tokenizer does of this: lower case, strip accents, split Chinese characters.
-
-    Raises FastElectraError for another tokenizer, which vocab.txt alone does not describe.
-    """
-    settings = read_json(config) if config.is_file() else {}
-    kind = settings.get("tokenizer_class") or BERT_TOKENIZERS[0]
-    if kind not in BERT_TOKENIZERS:
-        raise FastElectraError(
-            f"{config}: tokenizer_class {kind} needs a tokenizer.json: vocab.txt alone describes"
-            " only a BertTokenizer or an ElectraTokenizer"
-        )
-    lowercase = settings.get("do_lower_case", True)
-    strip_accents = settings.get("strip_accents")
-    values = {
-        "do_lower_case": lowercase,
-        "strip_accents": lowercase if strip_accents is None else strip_accents,
-        "tokenize_chinese_chars": settings.get("tokenize_chinese_chars", True),
-    }
-    for name, value in values.items():
-        if type(value) is not bool:
-            raise FastElectraError(f"{config}: {name} must be true or false, got {value!r}")
-    return tuple(values.values())
 
 
 # --- export ---------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ FILES = ("tokenizer.json", "vocab.txt", "tokenizer_config.json")
 WORDS_BYTES = 8 << 20  # of all different words to learn from, which takes 60 times as much memory
 MOST_CHARACTERS = 100  # of a word; longer ones become [UNK], as BERT's do
 _TOO_LONG = re.compile(rf"(?<![^ ])[^ ]{{{MOST_CHARACTERS + 1},}}")
+BERT_TOKENIZERS = ("ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast")
 EUROPEAN = ("LATIN", "GREEK", "CYRILLIC", "COMBINING")  # characters' names begin so
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
@@ -151,25 +152,34 @@ def file_of(path: Path) -> Path:
 
 
 def normalisation(file: Path) -> dict[str, bool]:
-    """What to read a vocab.txt with: what a tokenizer_config.json beside it says, as BERT's does.
+    """What to `read` a vocab.txt with: what a tokenizer_config.json beside it says, as BERT's does.
 
-    Raises FastElectraError for a damaged one. A tokenizer.json needs nothing.
+    Raises FastElectraError for a damaged one, and another tokenizer than BERT's, which vocab.txt
+    alone does not describe. A tokenizer.json needs nothing.
     """
+    config = file.with_name("tokenizer_config.json")
     if file.suffix == ".json":
         return {}
-    config = file.with_name("tokenizer_config.json")
     try:
-        settings = json.loads(config.read_bytes()) if config.is_file() else {}
-        lowercase = settings.get("do_lower_case", True)
-        accents = settings.get("strip_accents")
-        chinese = settings.get("tokenize_chinese_chars", True)
+        told = json.loads(config.read_bytes()) if config.is_file() else {}
+        kind = told.get("tokenizer_class") or BERT_TOKENIZERS[0]
     except (ValueError, AttributeError, RecursionError):
         raise FastElectraError(
             f"{config} is not a JSON object: mend it, or move {file.name} to another folder"
         ) from None
-    strips = lowercase if accents is None else accents
-    style = {"lowercase": bool(lowercase), "strip_accents": bool(strips)}
-    return style if chinese else style | {"split_chinese": False}
+    if kind not in BERT_TOKENIZERS:
+        raise FastElectraError(
+            f"{config}: tokenizer_class {kind} needs a tokenizer.json: vocab.txt alone describes"
+            " only a BertTokenizer or an ElectraTokenizer"
+        )
+    given = {name: value for name, value in told.items() if value is not None}
+    lowercase = given.get("do_lower_case", True)
+    style = {"do_lower_case": lowercase, "strip_accents": given.get("strip_accents", lowercase),
+             "tokenize_chinese_chars": given.get("tokenize_chinese_chars", True)}  # fmt: skip
+    for name, value in style.items():
+        if type(value) is not bool:
+            raise FastElectraError(f"{config}: {name} must be true or false, got {value!r}")
+    return dict(zip(("lowercase", "strip_accents", "split_chinese"), style.values(), strict=True))
 
 
 def read(
