@@ -21,7 +21,6 @@ from workload import Padded, Workload, padded
 from fastelectra.config import ModelConfig, generator_sizes
 from fastelectra.data.batch import Batch
 from fastelectra.model.hub_names import to_hub
-from fastelectra.training.launch import micro_batches
 from fastelectra.training.optimizer import parameter_groups
 from fastelectra.training.schedule import learning_rate
 
@@ -206,4 +205,4 @@ class Peer:
 
     def losses(self) -> list[float]:
         """Mean losses of generator and discriminator over all steps so far."""
-        return (self.sums / self.number / micro_batches(self.config)).tolist()
+        return (self.sums / self.number / self.config.training.micro_batches).tolist()

@@ -19,7 +19,7 @@ from fastelectra.data.batch import Batch
 from fastelectra.data.shards import Shard, open_corpus
 from fastelectra.data.stream import BatchStream, Position, shape_for
 from fastelectra.data.vocabulary import SpecialTokens
-from fastelectra.training.launch import Process, micro_batches
+from fastelectra.training.launch import Process
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 30_522  # of the paper's uncased WordPiece
@@ -85,10 +85,8 @@ def make_workload(
         batches = max(4, SHARD_TOKENS // micro)
         shard = made_up(low, length - 2, batches * (micro // length))  # full: whole batches only
         shards, special, vocab_size = [shard], SPECIAL, VOCABULARY
-    shape = shape_for(shards, config.data, micro)
-    stream = BatchStream(
-        shards, special, config.data, shape, micro_batches(config), config.training.seed
-    )
+    shape, training = shape_for(shards, config.data, micro), config.training
+    stream = BatchStream(shards, special, config.data, shape, training.micro_batches, training.seed)
     return Workload(config, lengths, vocab_size, stream)
 
 

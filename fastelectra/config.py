@@ -126,6 +126,11 @@ class TrainingConfig:
     tensorboard: bool = True  # where the package is installed
     wandb_project: str = ""  # empty: off
 
+    @property
+    def micro_batches(self) -> int:
+        """Forward passes of one step, over all ranks."""
+        return self.batch_tokens // self.micro_batch_tokens
+
 
 PATHS = (("data", "path"), ("training", "output_dir"), ("training", "init_from"))
 

@@ -146,14 +146,9 @@ def _parent_of(pid: int) -> int | None:
         return None
 
 
-def micro_batches(config: Config) -> int:
-    """Forward passes of one step, over all ranks."""
-    return config.training.batch_tokens // config.training.micro_batch_tokens
-
-
 def accumulation(config: Config, process: Process) -> int:
     """Forward passes of one step on one rank. Raises FastElectraError if ranks cannot share."""
-    total, world = micro_batches(config), process.world
+    total, world = config.training.micro_batches, process.world
     if total % world:
         raise FastElectraError(
             f"{world} processes cannot share {total} micro-batches a step evenly: make"

@@ -18,7 +18,7 @@ from fastelectra.model.electra import Electra
 from fastelectra.training import checkpoint, portable
 from fastelectra.training.engine import Plan, start_engine
 from fastelectra.training.flops import flops_per_token, peak_flops
-from fastelectra.training.launch import Process, micro_batches
+from fastelectra.training.launch import Process
 from fastelectra.training.metrics import Meter, complaints
 from fastelectra.training.report import Report
 from fastelectra.training.resume import Start, load_moments, load_weights
@@ -59,7 +59,7 @@ class Trainer:
         data, training = self.config.data, self.config.training
         shards, special = self.corpus.split(split), self.corpus.special
         shape = shape_for(shards, data, training.micro_batch_tokens)
-        return BatchStream(shards, special, data, shape, micro_batches(self.config), training.seed)
+        return BatchStream(shards, special, data, shape, training.micro_batches, training.seed)
 
     def _check_agreement(self) -> None:
         """Ranks that do not see the same run folder would go on from different steps."""

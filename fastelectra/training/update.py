@@ -7,7 +7,6 @@ import torch
 from fastelectra.config import Config
 from fastelectra.data.batch import Batch
 from fastelectra.training.graphs import Graphs, Replay, default_generator, new_pool
-from fastelectra.training.launch import micro_batches
 from fastelectra.training.metrics import Meter, Skips
 from fastelectra.training.optimizer import set_rate
 from fastelectra.training.plain import PlainEngine
@@ -39,7 +38,7 @@ class Updater:
         self.engine, self.config, self.device = engine, config, device
         self.tells_norm = tells_norm
         self.meter, self.skips = Meter(), Skips()
-        self.batches_per_step = micro_batches(config)
+        self.batches_per_step = config.training.micro_batches
         self.generator = default_generator(device)
         self.replays: dict[bool, Replay] = {}  # of `_learn`, by whether a batch is a step's first
         self.plain = isinstance(engine, PlainEngine)
