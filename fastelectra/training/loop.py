@@ -128,10 +128,9 @@ class Trainer:
         """This rank's micro-batches of each step, and the position after it."""
         start, process = self.start, self.process
         steps = self.stream.steps(start.position, start.step, process.rank, process.world)
-        if self.plan.device.type == "cpu":
-            yield from steps
-        for batches, position in steps:  # pinned, so that copies to the device need not wait
-            yield [batch.pin_memory() for batch in batches], position
+        pins = self.plan.device.type != "cpu"  # so that copies to the device need not wait
+        for batches, position in steps:
+            yield ([batch.pin_memory() for batch in batches] if pins else batches), position
 
     def _log(self, step: int, norm: torch.Tensor | float, mark: float) -> None:
         scores = self.updater.meter.read()
