@@ -18,7 +18,7 @@ from fastelectra.kernels import (
 )
 from fastelectra.model.embeddings import LAYER_NORM_EPS
 
-ROWS = 1024  # of logits that a head with a copy probability holds at a time
+ROWS = 1024  # of logits held at a time where no kernel fuses them with what follows
 Judged = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 

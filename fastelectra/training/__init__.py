@@ -1,1 +1,1 @@
-"""The DeepSpeed engine around the ELECTRA step."""
+"""The ELECTRA step as a run: engine, checkpoints, reports."""

@@ -95,7 +95,7 @@ def restore(
 
 
 def torch_optimizer(engine: Engine) -> torch.optim.Optimizer:
-    """The optimizer inside DeepSpeed's wrapper."""
+    """The engine's optimizer, without the wrapper that DeepSpeed may have put around it."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 

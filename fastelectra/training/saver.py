@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from deepspeed import DeepSpeedEngine
 
 from fastelectra.config import TrainingConfig
 from fastelectra.errors import FastElectraError
@@ -29,7 +28,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None
 
-    def save(self, engine: DeepSpeedEngine, tokenizer_dir: Path, last: bool, **state) -> None:
+    def save(self, engine: portable.Engine, tokenizer_dir: Path, last: bool, **state) -> None:
         """Copy the engine's tensors and begin to write them, after what is still being written.
 
         `state` is that of checkpoint.write_checkpoint. All ranks call it. Raises as `wait`.
