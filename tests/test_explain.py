@@ -53,7 +53,9 @@ def test_masks_in_the_text_are_filled_in(exported, capsys):
     written = explain(pretrained, "the [MASK] of [MASK] states")
     both = explain(pretrained, "the [MASK] of the states", mask="4")
     for tokens in (written, both):
-        assert [token.choices for token in tokens] == [token.choices for token in asked]
+        for place in (2, 4):
+            shares, expected = dict(tokens[place].choices), dict(asked[place].choices)
+            assert shares == pytest.approx(expected, rel=1e-4)
         assert [token.shown for token in tokens] == [token.shown for token in asked]
     assert [token.replaced for token in written[1:5]] == [False, None, False, None]
     written[2].probability = 0.01
