@@ -13,10 +13,9 @@ from fastelectra.model.attention import layout_of
 from fastelectra.model.embeddings import Embeddings
 from fastelectra.model.encoder import Network
 from fastelectra.tasks.packing import Packed
+from fastelectra.tasks.table import ABOVE
 
 DROPOUT = 0.1  # of the [CLS] vector
-GOOGLE, PLAIN = "google", "plain"  # conventions of layer-wise decay
-ABOVE = {GOOGLE: 2, PLAIN: 1}  # powers of the decay between the head and the top layer
 
 
 class Classifier(nn.Module):

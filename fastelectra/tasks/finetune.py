@@ -11,7 +11,7 @@ from pathlib import Path
 from fastelectra.errors import FastElectraError
 from fastelectra.tasks import reading
 from fastelectra.tasks.reading import HUB, has_task
-from fastelectra.tasks.table import BATCH, PAPER, TASKS, Task, custom, recipe_of
+from fastelectra.tasks.table import ABOVE, BATCH, GOOGLE, PAPER, TASKS, Task, custom, recipe_of
 from fastelectra.training import launch
 from fastelectra.training.launch import Process
 
@@ -49,7 +49,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--lr", type=positive(float), help="peak learning rate; default: the paper's for the size"
     )
     parser.add_argument(
-        "--layer-decay", choices=["google", "plain"], default="google",
+        "--layer-decay", choices=[*ABOVE], default=GOOGLE,
         help="of the learning rate from layer to layer: google has one power more below the head,"
         " as in the paper's results (default), plain has not",
     )  # fmt: skip

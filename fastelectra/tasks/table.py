@@ -7,7 +7,9 @@ from fastelectra.errors import FastElectraError
 BATCH = 32  # examples
 MAX_LENGTH = 128  # tokens
 WARMUP = 0.1  # of the steps
-PLAIN = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
+GOOGLE, PLAIN = "google", "plain"  # conventions of layer-wise decay
+ABOVE = {GOOGLE: 2, PLAIN: 1}  # powers of the decay between the head and the top layer
+SPLITS = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 ENTAILMENT = ("entailment", "neutral", "contradiction")
 PAIR = (("sentence1",), ("sentence2",))
 
@@ -25,7 +27,7 @@ class Task:
     epochs: int = 3
     symmetric: bool = False  # the order of the texts means nothing: both are trained on
     scale: float = 1.0  # numbers are learnt divided by it
-    splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: PLAIN)  # → names of files
+    splits: dict[str, tuple[str, ...]] = field(default_factory=lambda: SPLITS)  # → names of files
     columns: tuple[str, ...] = ()  # of official files without a header
     hub: str = ""  # name in the nyu-mll/glue dataset, and of other people's folders
     submission: dict[str, str] = field(default_factory=dict)  # test split → the server's file
@@ -41,7 +43,7 @@ TASKS = {
              submission={"test": "SST-2"}),
         Task("mrpc", "MRPC", (("#1 String", "sentence1"), ("#2 String", "sentence2")),
              ("accuracy", "f1"), label=("Quality", "label"), symmetric=True, hub="mrpc",
-             splits={**PLAIN, "test": ("test", "msr_paraphrase_test")},
+             splits={**SPLITS, "test": ("test", "msr_paraphrase_test")},
              submission={"test": "MRPC"}),
         Task("sts-b", "STS-B", PAIR, ("spearman", "pearson"), labels=(), label=("score", "label"),
              epochs=10, symmetric=True, scale=5.0, hub="stsb", submission={"test": "STS-B"}),

@@ -17,9 +17,10 @@ from fastelectra.config import ModelConfig, OptimizerConfig
 from fastelectra.data import vocabulary
 from fastelectra.model.hub_names import hub_names
 from fastelectra.tasks import loop, pretrained
-from fastelectra.tasks.classifier import GOOGLE, PLAIN, Classifier, layer_groups, loss_of
+from fastelectra.tasks.classifier import Classifier, layer_groups, loss_of
 from fastelectra.tasks.loop import Steps, Weights, batches, predict
 from fastelectra.tasks.packing import Labelled, encode, pack
+from fastelectra.tasks.table import GOOGLE, PLAIN
 from fastelectra.training.optimizer import PaperAdam
 
 TEXTS = [
