@@ -31,7 +31,7 @@ MODEL = "model"
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedEncoder:
     """An encoder to fine-tune, and how to make tokens for it."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Pretrained:
         return classifier
 
 
-def load(path: str) -> Pretrained:
+def load(path: str) -> PretrainedEncoder:
     """Load a run, checkpoint, export, fine-tuned or Hugging Face Electra folder.
 
     Raises FastElectraError for what is none of these, or damaged.
@@ -75,7 +75,7 @@ def load(path: str) -> Pretrained:
     return _pretrained(folder, model, vocab_size, tensors, _read_head(folder, tensors), folder)
 
 
-def _load_checkpoint(folder: Path) -> Pretrained:
+def _load_checkpoint(folder: Path) -> PretrainedEncoder:
     state = checkpoint.read_state(folder)
     model = config_from_dict(state["config"], str(folder / checkpoint.STATE)).model
     tensors, tokenizer_dir = checkpoint.read_weights(folder), folder / checkpoint.TOKENIZER
@@ -84,7 +84,7 @@ def _load_checkpoint(folder: Path) -> Pretrained:
 
 def _pretrained(
     folder: Path, model: ModelConfig, vocab_size: int, tensors: dict, head, tokenizer_dir: Path
-) -> Pretrained:
+) -> PretrainedEncoder:
     with torch.device("meta"):
         shapes = Classifier(model, vocab_size, 1).state_dict()
     weights = {}
@@ -97,10 +97,10 @@ def _pretrained(
             weights[name] = encoder_tensor(name, parameter.shape, folder, tensors)
     tokenizer, special = read_tokenizer(tokenizer_dir, vocab_size)
     files = vocabulary.files(tokenizer_dir)
-    return Pretrained(folder, model, vocab_size, weights, head, tokenizer, files, special)
+    return PretrainedEncoder(folder, model, vocab_size, weights, head, tokenizer, files, special)
 
 
-def write(folder: Path, classifier: Classifier, pretrained: Pretrained, task: Task) -> None:
+def write(folder: Path, classifier: Classifier, pretrained: PretrainedEncoder, task: Task) -> None:
     """Write an ElectraForSequenceClassification with the same outputs, times the task's scale."""
     folder.mkdir()
     for name, content in pretrained.tokenizer_files.items():

@@ -29,7 +29,7 @@ from fastelectra.data import vocabulary
 from fastelectra.errors import FastElectraError
 from fastelectra.tasks import metrics, packing, pretrained, reading
 from fastelectra.tasks.loop import Settings, predict, train
-from fastelectra.tasks.pretrained import MODEL, Pretrained
+from fastelectra.tasks.pretrained import MODEL, PretrainedEncoder
 from fastelectra.tasks.reading import Split
 from fastelectra.tasks.table import MAX_LENGTH, Task, recipe_of
 from fastelectra.training import checkpoint, launch
@@ -55,7 +55,12 @@ class Runs:
     """All seeds of one task."""
 
     def __init__(
-        self, task: Task, start: Pretrained, options: Options, out: Path, device: torch.device
+        self,
+        task: Task,
+        start: PretrainedEncoder,
+        options: Options,
+        out: Path,
+        device: torch.device,
     ):
         self.start = replace(start, head=None)  # what it was tuned for before had another head
         self.options, self.out, self.device = options, out, device
@@ -178,7 +183,7 @@ class Runs:
         return self.task.symmetric and len(self.task.texts) == 2
 
 
-def predict_with(task: Task, start: Pretrained, options: Options, out: Path, device) -> None:
+def predict_with(task: Task, start: PretrainedEncoder, options: Options, out: Path, device) -> None:
     """A task without training data (AX): predictions of a fine-tuned model, and a submission."""
     task, splits = reading.read_task(task, options.data)
     names = pretrained.class_names(start.folder) if start.head else ()
@@ -238,7 +243,7 @@ def _percent(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {100 * value:.1f}" for name, value in scores.items())
 
 
-def _fingerprint(start: Pretrained) -> str:
+def _fingerprint(start: PretrainedEncoder) -> str:
     """Of the weights, and of what changes a model without being seen in them."""
     model = start.model
     crc = crc32(repr((model.heads, model.dropout, model.attention_dropout)).encode())
