@@ -4,7 +4,7 @@ import atexit
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,15 +27,6 @@ class Position:
     epoch: int = 0
     shard: int = 0  # place in the epoch's order of shards
     batch: int = 0  # of that shard's plan
-
-    def to_dict(self) -> dict[str, int]:
-        """As JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, int]) -> "Position":
-        """The position that to_dict described."""
-        return cls(**values)
 
 
 def shape_for(shards: Sequence[Shard], data: DataConfig, tokens: int) -> BatchShape:

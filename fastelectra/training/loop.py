@@ -203,7 +203,7 @@ class Trainer:
             self.corpus.tokenizer_dir,
             ends,
             step=step,
-            position=position.to_dict(),
+            position=asdict(position),
             config=self.config.to_dict(),
             vocab_size=self.corpus.vocab_size,
             special_tokens=asdict(self.corpus.special),

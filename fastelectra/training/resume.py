@@ -1,6 +1,6 @@
 """Where a run starts: from nothing, from given weights, or where the same command left off."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -79,10 +79,10 @@ def _resumed(folder: Path, damaged: dict[Path, str], config: Config, corpus: Cor
 
 def _position(state: dict, folder: Path) -> Position:
     values = state["position"] or {}
-    sound = values.keys() == Position().to_dict().keys()
+    sound = values.keys() == asdict(Position()).keys()
     if not sound or not all(type(v) is int and 0 <= v < 2**53 for v in values.values()):
         raise FastElectraError(f"{folder / checkpoint.STATE} has no sound position in the data")
-    return Position.from_dict(values)
+    return Position(**values)
 
 
 def _loss_scale(state: dict, folder: Path) -> dict[str, float]:

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 
 import numpy as np
@@ -115,9 +115,9 @@ def test_totals_are_those_of_the_whole_step(sharded_corpus):
 def test_a_restart_anywhere_goes_on_identically(sharded_corpus):
     whole = list(islice(stream(sharded_corpus).steps(START, 0, 0, 1), 140))
     for step in range(0, 140, 9):
-        saved = whole[step][1].to_dict()
+        saved = asdict(whole[step][1])
         assert all(isinstance(value, int) for value in saved.values())
-        again = stream(sharded_corpus).steps(Position.from_dict(saved), step + 1, 0, 1)
+        again = stream(sharded_corpus).steps(Position(**saved), step + 1, 0, 1)
         for (batches, position), (expected, after) in zip(
             islice(again, 7), whole[step + 1 : step + 8], strict=False
         ):
