@@ -98,20 +98,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_checkpoint(
-    target: Path,
-    weights: Tensors,
-    tokenizer_dir: Path,
-    moments: Tensors | None = None,
-    **state,
-) -> None:
-    """Write a checkpoint folder atomically; weights and moments are contiguous fp32 CPU tensors.
+def write_checkpoint(target: Path, weights: Tensors, tokenizer_dir: Path, **state) -> None:
+    """Write a checkpoint without moments atomically; the weights are contiguous fp32 CPU tensors.
 
     `state` holds what KEYS lists. Raises FastElectraError (full disk, no permission, `target`
     exists).
     """
     with reported(target), write_folder(target) as folder:
-        write_share(folder, weights, moments)
+        write_share(folder, weights, None)
         write_rest(folder, tokenizer_dir, state)
 
 

@@ -26,9 +26,11 @@ def write(run, step, tokenizer_dir, size=8):
     moments = {f"{name}.{key}": value / 3 for name, value in weights.items()
                for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
     target = checkpoint.checkpoint_folder(run, step)
-    checkpoint.write_checkpoint(
-        target, weights, tokenizer_dir, step=step, position={"shard": 3}, config={"model": {}},
-        vocab_size=2, special_tokens={"pad": 0}, fingerprint="f", moments=moments)  # fmt: skip
+    state = {"step": step, "position": {"shard": 3}, "config": {"model": {}}, "vocab_size": 2,
+             "special_tokens": {"pad": 0}, "fingerprint": "f"}  # fmt: skip
+    with checkpoint.reported(target), checkpoint.write_folder(target) as folder:
+        checkpoint.write_share(folder, weights, moments)
+        checkpoint.write_rest(folder, tokenizer_dir, state)
     return target, weights, moments
 
 

@@ -77,12 +77,13 @@ def sound(corpus, tmp_path_factory) -> Path:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {f"{name}.{key}": w.abs() for name, w in weights.items()
                for key in ("exp_avg", "exp_avg_sq")}  # fmt: skip
-    checkpoint.write_checkpoint(
-        checkpoint.checkpoint_folder(run, 5), weights, opened.tokenizer_dir, moments, step=5,
-        position={"epoch": 0, "shard": 0, "batch": 10}, config=config.to_dict(),
-        vocab_size=opened.vocab_size, special_tokens={}, fingerprint=opened.fingerprint, skipped=0,
-        loss_scale={"cur_scale": 256.0, "cur_iter": 3},
-    )  # fmt: skip
+    state = {"step": 5, "position": {"epoch": 0, "shard": 0, "batch": 10},
+             "config": config.to_dict(), "vocab_size": opened.vocab_size, "special_tokens": {},
+             "fingerprint": opened.fingerprint, "skipped": 0,
+             "loss_scale": {"cur_scale": 256.0, "cur_iter": 3}}  # fmt: skip
+    with checkpoint.write_folder(checkpoint.checkpoint_folder(run, 5)) as folder:
+        checkpoint.write_share(folder, weights, moments)
+        checkpoint.write_rest(folder, opened.tokenizer_dir, state)
     return run
 
 
