@@ -242,13 +242,16 @@ def sample_sha256(path: Path) -> str:
 
 
 def write_durably(path: Path, lines: Iterable[str]) -> None:
-    """Write a file that is whole or absent, also after a power cut."""
+    """Write a file whole or leave it as it was, also after a power cut. Raises OSError."""
     aside = path.with_name(f"{path.name}.new")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _of_types(cls, values: dict):

@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fastelectra.data import vocabulary
+from fastelectra.data.shards import write_durably
 from fastelectra.errors import FastElectraError
 from fastelectra.tasks import metrics, packing, pretrained, reading
 from fastelectra.tasks.loop import Settings, predict, train
@@ -146,7 +147,7 @@ class Runs:
             pretrained.write(folder / MODEL, classifier, self.start, self.task)
             result = {**self.identity, "seed": seed, "scores": scores,
                       "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
-            _write_json(folder / RESULT, result)
+            write_durably(folder / RESULT, [json.dumps(result, indent=2), "\n"])
         say(f"{_percent(scores['dev'])}  in {result['seconds']:.0f} s")
 
     def finish(self) -> dict:
@@ -172,7 +173,7 @@ class Runs:
             **metrics.summarize([run["scores"] for run in found]),
             "best_seed": best,
         }  # fmt: skip
-        _write_json(self.out / RESULTS, results)
+        write_durably(self.out / RESULTS, [json.dumps(results, indent=2), "\n"])
         return results
 
     def _folder(self, seed: int) -> Path:
@@ -269,12 +270,6 @@ def _difference(key: str, before, now) -> str:
             if before.get(name) != now.get(name):
                 return f"{key}.{name} = {before.get(name)}, now it is {now.get(name)}"
     return f"{key} = {before}, now it is {now}"
-
-
-def _write_json(path: Path, values: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def run_all(tasks: Sequence[Runs], process: Process) -> None:

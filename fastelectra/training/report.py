@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastelectra.config import Config
+from fastelectra.data.shards import write_durably
 from fastelectra.errors import FastElectraError
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -44,8 +45,7 @@ def check_outputs(config: Config) -> BinaryIO | None:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = _lock(run)
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        _replace(run / "config.json", text)
+        write_durably(run / "config.json", [json.dumps(config.to_dict(), indent=2), "\n"])
     except OSError as error:
         raise FastElectraError(
             f"cannot write training.output_dir {run}: {error.strerror}"
@@ -234,7 +234,7 @@ def _cut(path: Path, step: int) -> list[dict]:
                 records.append(record)
         except (ValueError, TypeError, KeyError, RecursionError):  # cut short, or damaged
             continue
-    _replace(path, "".join(json.dumps(r) + "\n" for r in records))
+    write_durably(path, (json.dumps(record) + "\n" for record in records))
     return records
 
 
@@ -244,16 +244,6 @@ def _is_sound(record: dict) -> bool:
     return record["kind"] in ("train", "eval") and all(
         value is None or isinstance(value, int | float) for value in values
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole, or leave it as it was."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _tensorboard(run: Path, step: int):
