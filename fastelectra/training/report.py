@@ -1,7 +1,6 @@
 """What a run tells the world: a progress line, metrics.jsonl, TensorBoard, wandb, curves.png."""
 
 import errno
-import fcntl
 import importlib.util
 import json
 import math
@@ -15,6 +14,8 @@ from typing import BinaryIO
 from fastelectra.config import Config
 from fastelectra.data.shards import write_durably
 from fastelectra.errors import FastElectraError
+from fastelectra.outputs import claim
+from fastelectra.training.checkpoint import complete_checkpoints
 
 BARS = "▁▂▃▄▅▆▇█"
 SKETCHED = {
@@ -28,12 +29,11 @@ SKETCHED = {
 }
 
 
-def check_outputs(config: Config) -> BinaryIO | None:
+def check_outputs(config: Config) -> BinaryIO:
     """Make the run folder and see that it can be written; rank 0 calls it before training.
 
-    Returns what keeps other runs out of the folder until it is closed, or the process ends. Raises
-    FastElectraError for a folder without permission or of another run that is at work, or for wandb
-    asked for and missing.
+    Returns what keeps other runs out of the folder, as `claim` does. Raises FastElectraError for a
+    folder without permission or that cannot be claimed, or for wandb asked for and missing.
     """
     if config.training.wandb_project and importlib.util.find_spec("wandb") is None:
         raise FastElectraError(
@@ -43,27 +43,14 @@ def check_outputs(config: Config) -> BinaryIO | None:
     if not config.training.output_dir:
         raise FastElectraError("training.output_dir is not set: name the folder of this run")
     try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        lock = _lock(run)
+        ours = bool(complete_checkpoints(run))
+        lock = claim(run, "train", "training.output_dir", ours)
+        (run / "checkpoints").mkdir(exist_ok=True)
         write_durably(run / "config.json", [json.dumps(config.to_dict(), indent=2), "\n"])
     except OSError as error:
         raise FastElectraError(
             f"cannot write training.output_dir {run}: {error.strerror}"
         ) from None
-    return lock
-
-
-def _lock(run: Path) -> BinaryIO | None:
-    lock = open(run / "lock", "ab")  # noqa: SIM115  (the caller closes it)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise FastElectraError(
-            f"another run is at work in {run}: wait until it has ended, or name another"
-            " training.output_dir"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
     return lock
 
 

@@ -138,6 +138,19 @@ def test_one_run_at_a_time_in_a_folder(corpus, trained):
     check_outputs(other).close()
 
 
+def test_files_that_are_not_of_a_run_are_left_alone(corpus, tmp_path):
+    config, mine = config_with(corpus, tmp_path), tmp_path / "config.json"
+    mine.write_text("mine")
+    with pytest.raises(
+        FastElectraError, match=r"training\.output_dir .* name a new or empty folder"
+    ):
+        check_outputs(config)
+    assert (list(tmp_path.iterdir()), mine.read_text()) == ([mine], "mine")
+    mine.unlink()
+    for _ in range(2):  # the first ends before its first checkpoint
+        check_outputs(config).close()
+
+
 def test_a_run_that_went_on_since_the_start_was_found(trained):
     trainer = Trainer.__new__(Trainer)
     trainer.run, trainer.start = trained, Start(step=5)
@@ -158,7 +171,11 @@ def test_a_full_disk_leaves_the_old_settings(corpus, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "config.json").read_text() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "config.json", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "train.lock",
+    }
 
 
 @pytest.fixture
