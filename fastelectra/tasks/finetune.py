@@ -5,10 +5,12 @@ Several processes, started by torchrun or deepspeed, share the runs.
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
 from fastelectra.errors import FastElectraError
+from fastelectra.outputs import claim
 from fastelectra.tasks import reading
 from fastelectra.tasks.reading import HUB, has_task
 from fastelectra.tasks.table import ABOVE, BATCH, GOOGLE, PAPER, TASKS, Task, custom, recipe_of
@@ -127,8 +129,6 @@ def _run_tasks(
     from fastelectra.tasks.runs import Options, Runs, predict_with, run_all
 
     device = launch.device()
-    if process.world > 1:  # some have longer runs than others: no time is too long to wait
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
     start = pretrained.load(args.model)
     for task in (task for task, _ in tasks if task.uses):
         reading.read_task(task, args.data)  # to know now what is wrong with it
@@ -137,22 +137,27 @@ def _run_tasks(
         args.model, args.data, submission, args.seeds, args.lr, args.epochs, args.layer_decay
     )
     trained = [Runs(task, start, options, out, device) for task, out in tasks if not task.uses]
-    for line in _opening(start, trained):
-        process.say(line)
-    run_all(trained, process)
     results = []
-    if process.leads:
-        for runs in trained:
+    with ExitStack() as locks:
+        if process.leads:  # before the others can go on
+            for folder in dict.fromkeys([Path(args.out), *(out for _, out in tasks)]):
+                locks.enter_context(claim(folder, "finetune", "--out"))
+        if process.world > 1:  # some have longer runs than others: no time is too long to wait
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        for line in _opening(start, trained):
+            process.say(line)
+        run_all(trained, process)
+        for runs in trained if process.leads else ():
             results.append(runs.finish())
             process.say(f"{_summary(results[-1])}\nwrote {runs.out}")
-        for task, out in tasks:
+        for task, out in tasks if process.leads else ():
             if task.uses:
                 maker = next((runs.out for runs in trained if runs.task.name == task.uses), None)
                 maker = pretrained.load(maker) if maker else start
                 predict_with(task, maker, options, out, device)
                 process.say(f"{task.name}: predicted with {maker.folder}\nwrote {out}")
-    if process.world > 1:
-        torch.distributed.destroy_process_group()
+        if process.world > 1:
+            torch.distributed.destroy_process_group()
     return results
 
 

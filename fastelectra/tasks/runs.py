@@ -4,6 +4,7 @@
     OUT/seed-0/             result.json, predictions for each set (dev.tsv, test.tsv …)
     OUT/model/              the seed with the best dev score, for Hugging Face
     OUT/submission/         its predictions for the GLUE server
+    OUT/finetune.lock       says that the folder is of this command
 
 (`fastelectra glue` has all but the last for each task, in OUT/TASK/.)
 
@@ -66,6 +67,10 @@ class Runs:
         self.start = replace(start, head=None)  # what it was tuned for before had another head
         self.options, self.out, self.device = options, out, device
         self.task, self.splits = reading.read_task(task, options.data)
+        if start.folder.resolve() == (out / MODEL).resolve():
+            raise FastElectraError(
+                f"--model {start.folder} is what --out {out} replaces: name another --out"
+            )
         outputs = len(self.task.labels) or 1
         if outputs > pretrained.most_outputs(start.model):
             raise FastElectraError(
@@ -199,7 +204,6 @@ def predict_with(task: Task, start: PretrainedEncoder, options: Options, out: Pa
     encoder = vocabulary.line_encoder(start.tokenizer)
     examples = packing.encode(encoder, start.special, splits["test"].texts, length)
     outputs = predict(classifier, examples, length)
-    out.mkdir(parents=True, exist_ok=True)
     write_predictions(out / "test.tsv", task, splits["test"], outputs)
     write_submission(options.submission, task, out, splits)
 
@@ -274,8 +278,6 @@ def _difference(key: str, before, now) -> str:
 
 def run_all(tasks: Sequence[Runs], process: Process) -> None:
     """Run what is not done yet; processes take turns, and wait for each other at the end."""
-    for runs in tasks:
-        runs.out.mkdir(parents=True, exist_ok=True)
     jobs = [(runs, seed) for runs in tasks for seed in runs.seeds]
     done = [(runs, seed) for runs, seed in jobs if runs.is_done(seed)]  # before any is run
     for runs, seed in done:

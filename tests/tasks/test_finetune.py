@@ -15,6 +15,7 @@ from test_reading import OFFICIAL
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, ElectraModel
 
 from fastelectra.data import vocabulary
+from fastelectra.outputs import claim
 from fastelectra.tasks import pretrained
 from fastelectra.tasks.finetune import table
 from fastelectra.tasks.loop import predict
@@ -310,7 +311,31 @@ def test_mistakes(arguments, message, checkpoint, official, tmp_path, capsys, mo
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not list((tmp_path / "o").glob("*"))
+    assert {path.name for path in (tmp_path / "o").glob("*")} <= {"finetune.lock"}
+
+
+def test_what_is_not_its_own_is_never_replaced(checkpoint, official, tmp_path, capsys):
+    def refused(message, model, out):
+        arguments = ["--task", "rte", "--data", official, "--out", out, "--epochs", 1]
+        assert fastelectra("finetune", "--model", model, *arguments) == 2
+        assert message in capsys.readouterr().err
+
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    assert fastelectra("export", checkpoint, theirs / "model") == 0
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000007").symlink_to(checkpoint)
+    for model, out in ((theirs / "model", theirs), (run, run)):
+        before = sorted(out.rglob("*"))
+        refused(f"--out {out} holds files that `fastelectra finetune` has not made", model, out)
+        assert sorted(out.rglob("*")) == before
+    out = tmp_path / "o"
+    with claim(out, "finetune", "--out"):
+        refused(f"another run is at work in {out}: wait", checkpoint, out)
+    assert fastelectra("finetune", "--model", checkpoint, "--task", "rte", "--data", official,
+                       "--out", out, "--epochs", 1) == 0  # fmt: skip
+    shutil.rmtree(out / "seed-0")
+    refused(f"--model {out / 'model'} is what --out {out} replaces", out, out)
+    assert (out / "model" / "model.safetensors").is_file()
 
 
 def test_bad_arguments_end_with_usage(checkpoint, tmp_path):
