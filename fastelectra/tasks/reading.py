@@ -95,7 +95,8 @@ def _file_sources(task: Task, data: Path) -> dict:
 def _open(task: Task, path: Path) -> tuple[str, list[str], Iterator[Record]]:
     try:
         readers = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
-        names, records = readers.get(path.suffix, _tsv)(task, path)
+        tabbed = _csv if task.name == "custom" else _tsv
+        names, records = readers.get(path.suffix, tabbed)(task, path)
     except UnicodeDecodeError:
         raise FastElectraError(f"{path} is not UTF-8 text") from None
     return str(path), names, records
@@ -119,17 +120,21 @@ def _tsv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
 def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     """With quotation marks, unlike the official TSV files."""
     csv.field_size_limit(2**31 - 1)  # else 131 072 characters
-    text = path.read_bytes().decode("utf-8-sig")
-    lines, records = csv.reader(io.StringIO(text, newline=""), strict=True), []
+    delimiter, separators = (",", "commas") if path.suffix == ".csv" else ("\t", "tabs")
+    file = io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")
+    lines, records = csv.reader(file, delimiter=delimiter, strict=True), []
     try:
         rows = filter(None, lines)  # but blank lines
         names = next(rows, [])
         for row in rows:
             if len(row) > len(names):
-                raise csv.Error("more fields than the header has; quote texts with commas")
+                raise csv.Error("more fields than the header has")
             records.append(dict(zip(names, row, strict=False)))
     except csv.Error as error:
-        raise FastElectraError(f"{path}, line {lines.line_num}: {error}") from None
+        raise FastElectraError(
+            f"{path}, line {lines.line_num}: {error}; quote texts with {separators} or quotation"
+            " marks, and double those marks"
+        ) from None
     if not records:
         raise FastElectraError(f"{path} is empty")
     return names, iter(records)

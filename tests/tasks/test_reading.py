@@ -218,6 +218,22 @@ def test_texts_of_csv_may_be_long_and_quoted(tmp_path):
     assert splits["dev"].texts == [(long,), ('b, "c"',)]
 
 
+def test_custom_tsv_is_quoted_as_csv(tmp_path):
+    texts = ['"Yes", he said', "two\nlines\tand a tab", 'a "b" c']
+    for name in ("train", "dev"):
+        with open(tmp_path / f"{name}.tsv", "w", newline="") as file:
+            csv.writer(file, "excel-tab").writerows([("a", "c"), *zip(texts, "xyx", strict=True)])
+    task, splits = read_task(custom("a", "c"), str(tmp_path))
+    assert (task.labels, splits["train"].texts) == (("x", "y"), [(text,) for text in texts])
+    for rows, message in (("b\tmore\ty", "more fields than the header has"),
+                          ('"b" c\ty', "'\t' expected after")):  # fmt: skip
+        (tmp_path / "train.tsv").write_text(f"a\tc\na\tx\n{rows}\n")
+        with pytest.raises(
+            FastElectraError, match=rf"train\.tsv, line 3: {message}.*; quote texts"
+        ):
+            read_task(custom("a", "c"), str(tmp_path))
+
+
 def test_nan_is_no_number_and_no_label_beside_numbers(tmp_path):
     write_custom(tmp_path, ["x\ty\t1.5", "x\ty\tNaN", "x\ty\t3", "x\ty\tnan"])
     task, splits = read_task(custom("a,b", "c"), str(tmp_path))
