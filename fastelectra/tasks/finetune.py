@@ -4,6 +4,7 @@ Several processes, started by torchrun or deepspeed, share the runs.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,6 +17,8 @@ from fastelectra.tasks.reading import HUB, has_task
 from fastelectra.tasks.table import ABOVE, BATCH, GOOGLE, PAPER, TASKS, Task, custom, recipe_of
 from fastelectra.training import launch
 from fastelectra.training.launch import Process
+
+SHOWN = 12  # classes, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -173,6 +176,17 @@ def _opening(start, trained: Sequence) -> Iterator[str]:
             + f"; {settings.epochs} epochs of batches of {BATCH}, lr {settings.lr:g}, layer decay"
             f" {settings.layer_decay:g} ({settings.decay_convention}), {settings.precision}"
         )
+        if runs.task.name == "custom":
+            yield f"custom: {_learned(runs.task, runs.splits['train'].labels)}"
+
+
+def _learned(task: Task, labels: Sequence[float]) -> str:
+    """What the labels of a training set are: classes, the most frequent first, or numbers."""
+    if not task.labels:
+        return f"regression, {min(labels) * task.scale:g} to {max(labels) * task.scale:g}"
+    counts = Counter(task.labels[int(label)] for label in labels).most_common()
+    shown = [f"{' '.join(name.split())} {count:,}" for name, count in counts[:SHOWN]]
+    return f"{len(counts)} classes: {', '.join(shown)}" + ", …" * (len(counts) > SHOWN)
 
 
 def _summary(results: dict) -> str:

@@ -273,7 +273,7 @@ def test_what_else_makes_another_run(checkpoint, official, tmp_path, capsys):
     assert "seed-0 was made with tokenizer = " in capsys.readouterr().err
 
 
-def test_a_custom_task(checkpoint, tmp_path):
+def test_a_custom_task(checkpoint, tmp_path, capsys):
     rows = [f"the {word} came\t{label}" for word, label in (("war", "bad"), ("peace", "good"))] * 8
     for name in ("train", "dev"):
         (tmp_path / f"{name}.tsv").write_text("\n".join(["said\tmood", *rows]))
@@ -281,10 +281,19 @@ def test_a_custom_task(checkpoint, tmp_path):
     arguments = ["--data", tmp_path, "--out", out, "--lr", 0.01, "--epochs", 30]
     custom = ["--task", "custom", "--text", "said", "--label", "mood"]
     assert fastelectra("finetune", "--model", checkpoint, *custom, *arguments) == 0
+    assert "custom: 2 classes: bad 8, good 8\n" in capsys.readouterr().out
     assert results_of(out)["median"]["dev"] == {"accuracy": 1.0, "matthews": 1.0}
     predicted = (out / "seed-0" / "dev.tsv").read_text().splitlines()
     assert predicted[:3] == ["index\tprediction\tlabel", "0\tbad\tbad", "1\tgood\tgood"]
     assert not (out / "submission").exists()
+
+
+def test_a_custom_regression(checkpoint, tmp_path, capsys):
+    for name in ("train", "dev"):
+        (tmp_path / f"{name}.csv").write_text("said,mood\nwar,1.5\npeace,4.5\n")
+    arguments = ["--text", "said", "--label", "mood", "--data", tmp_path, "--out", tmp_path / "o"]
+    assert fastelectra("finetune", "--model", checkpoint, "--task", "custom", *arguments) == 0
+    assert "custom: regression, 1.5 to 4.5\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
