@@ -14,7 +14,17 @@ from fastelectra.errors import FastElectraError
 from fastelectra.outputs import claim
 from fastelectra.tasks import reading
 from fastelectra.tasks.reading import HUB, has_task
-from fastelectra.tasks.table import ABOVE, BATCH, GOOGLE, PAPER, TASKS, Task, custom, recipe_of
+from fastelectra.tasks.table import (
+    ABOVE,
+    BATCH,
+    GOOGLE,
+    PAPER,
+    TASKS,
+    Task,
+    custom,
+    plain,
+    recipe_of,
+)
 from fastelectra.training import launch
 from fastelectra.training.launch import Process
 
@@ -23,28 +33,31 @@ SHOWN = 12  # classes, at most
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fastelectra finetune`."""
-    parser.add_argument("--task", required=True, choices=[*TASKS, "custom"], metavar="TASK",
-                        help=f"{', '.join(TASKS)} or custom")  # fmt: skip
+    names = {plain(name): name for name in (*TASKS, "custom")}
+    parser.add_argument(
+        "--task", required=True, choices=names.values(), metavar="TASK",
+        type=lambda text: names.get(plain(text), text), help=f"{', '.join(TASKS)} or custom",
+    )  # fmt: skip
     parser.add_argument("--text", metavar="COLUMN[,COLUMN]", help="of a custom task")
     parser.add_argument("--label", metavar="COLUMN", help="of a custom task")
     parser.add_argument("--epochs", type=positive(int), help="default: the paper's for the task")
-    _add_common(parser)
+    _add_common(parser, "folder of the task or of all")
 
 
 def add_glue_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `fastelectra glue`."""
     parser.set_defaults(epochs=None)
-    _add_common(parser)
+    _add_common(parser, "folder of all tasks' folders (CoLA, SST-2 …)")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument(
         "--model", required=True, metavar="DIR",
         help="run folder, checkpoint, export, or Hugging Face Electra model",
     )  # fmt: skip
     parser.add_argument(
         "--data", required=True, metavar="DIR",
-        help=f"folder of the task or of all, .tsv, .csv, .jsonl or .parquet; {HUB}: download it",
+        help=f"{data}, of .tsv, .csv, .jsonl or .parquet; {HUB}: download it",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
@@ -105,6 +118,7 @@ def run_glue(args: argparse.Namespace) -> int:
             raise FastElectraError(
                 f"--data {args.data} has none of GLUE's folders: "
                 + ", ".join(task.folder for task in TASKS.values())
+                + "; one task's own is for `fastelectra finetune`"
             )
         missing = [task.folder for task in TASKS.values() if task not in present]
         if missing:

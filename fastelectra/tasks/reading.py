@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fastelectra.errors import FastElectraError
-from fastelectra.tasks.table import TASKS, Task
+from fastelectra.tasks.table import TASKS, Task, plain
 
 HUB = "hub"  # --data
 # the last is the hub's
@@ -64,14 +64,10 @@ def _own_folder(task: Task, data: Path) -> Path | None:
     """The task's folder in that of all tasks; case and dashes do not matter."""
     if not data.is_dir():
         raise FastElectraError(f"--data {data}: no such folder")
-    wanted = {_plain(name) for name in (task.folder, task.hub) if name}
+    wanted = {plain(name) for name in (task.folder, task.hub) if name}
     wanted |= {"diagnostic"} if task.name == "ax" else set()
     found = (path for path in sorted(data.iterdir()) if path.is_dir())
-    return next((path for path in found if _plain(path.name) in wanted), None)
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "")
+    return next((path for path in found if plain(path.name) in wanted), None)
 
 
 # --- sources: (where, names of the columns, records) ----------------------------------------------

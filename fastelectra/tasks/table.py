@@ -100,6 +100,11 @@ def recipe_of(hidden_size: int) -> Recipe:
     return next(recipe for least, recipe in RECIPES.items() if hidden_size >= least)
 
 
+def plain(name: str) -> str:
+    """A task's name without what differs from place to place: sst-2, SST-2 and sst2 are one."""
+    return name.lower().replace("-", "")
+
+
 def custom(texts: str, label: str) -> Task:
     """The user's own task, from names of columns; its labels come from the training data."""
     names = tuple(texts.split(","))

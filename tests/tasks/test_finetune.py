@@ -143,9 +143,10 @@ def folders(checkpoint, exported, tmp_path):
 
 def test_equal_weights_give_equal_results(folders, similar, tmp_path):
     found = []
-    for number, folder in enumerate(folders):
+    names = ["sts-b", "STS-B", "stsb", "Sts-b", "STSB", "sts-b"]
+    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         out = tmp_path / f"o{number}"
-        arguments = ["--task", "sts-b", "--data", similar.parent, "--out", out, "--epochs", 1]
+        arguments = ["--task", name, "--data", similar.parent, "--out", out, "--epochs", 1]
         assert fastelectra("finetune", "--model", folder, *arguments) == 0
         results = results_of(out)
         found.append((results["runs"][0]["dev"], results["weights"], results["settings"],
@@ -358,7 +359,13 @@ def test_bad_arguments_end_with_usage(checkpoint, tmp_path):
 def test_glue_without_any_folder(checkpoint, tmp_path, capsys):
     arguments = ["--data", tmp_path, "--out", tmp_path / "o"]
     assert fastelectra("glue", "--model", checkpoint, *arguments) == 2
-    assert "has none of GLUE's folders: CoLA, SST-2" in capsys.readouterr().err
+    message = (
+        r"has none of GLUE's folders: CoLA, SST-2.*; one task's own is for `fastelectra finetune`"
+    )
+    assert re.search(message, capsys.readouterr().err)
+    with pytest.raises(SystemExit):
+        fastelectra("glue", "--help")
+    assert "folder of all tasks' folders" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_table_beside_the_papers():
