@@ -9,6 +9,7 @@ difference. (Its other rows are 0.)
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,7 +66,12 @@ def load(path: str) -> PretrainedEncoder:
     """
     given = Path(path)
     if not given.is_dir():
-        raise FastElectraError(f"--model {path}: no such folder")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):  # owner/name, as on the hub
+            hint = (
+                f"; download a model of the hub first: hf download {path} --local-dir {given.name}"
+            )
+        raise FastElectraError(f"--model {path}: no such folder{hint}")
     is_run = (given / "checkpoints").is_dir()
     found = (given / part for part in PARTS if (given / part / "config.json").is_file())
     folder = None if is_run else next(found, None)

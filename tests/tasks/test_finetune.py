@@ -300,7 +300,10 @@ def test_a_custom_regression(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "rte", "--model", "nowhere"], "--model nowhere: no such folder"),
+        (["--task", "rte", "--model", "nowhere"], "--model nowhere: no such folder\n"),
+        (["--task", "rte", "--model", "google/electra-x"],
+         "no such folder; download a model of the hub first:"
+         " hf download google/electra-x --local-dir electra-x\n"),
         (["--task", "rte", "--model", "."], "no checkpoint in ."),
         (["--task", "rte", "--data", "nowhere"], "--data nowhere: no such folder"),
         (["--task", "rte", "--data", "."], "has no train set of rte: expected train.tsv"),
@@ -311,7 +314,7 @@ def test_a_custom_regression(checkpoint, tmp_path, capsys):
         (["--task", "rte", "--lr", "1e30"], "lower --lr"),
         (["--task", "ax", "--epochs", "3"], "leave out --seeds, --lr and --epochs"),
     ],
-)
+)  # fmt: skip
 def test_mistakes(arguments, message, checkpoint, official, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
