@@ -18,6 +18,7 @@ from fastelectra.tasks.table import (
     ABOVE,
     BATCH,
     GOOGLE,
+    MAX_LENGTH,
     PAPER,
     TASKS,
     Task,
@@ -58,6 +59,10 @@ def _add_common(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument(
         "--data", required=True, metavar="DIR",
         help=f"{data}, of .tsv, .csv, .jsonl or .parquet; {HUB}: download it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-length", type=positive(int), metavar="N",
+        help=f"tokens of an example; longer ones are cut (default {MAX_LENGTH}, as in the paper)",
     )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
@@ -151,8 +156,9 @@ def _run_tasks(
         reading.read_task(task, args.data)  # to know now what is wrong with it
     submission = Path(args.out) / "submission"
     options = Options(
-        args.model, args.data, submission, args.seeds, args.lr, args.epochs, args.layer_decay
-    )
+        args.model, args.data, submission, args.seeds, args.lr, args.epochs, args.layer_decay,
+        args.max_length,
+    )  # fmt: skip
     trained = [Runs(task, start, options, out, device) for task, out in tasks if not task.uses]
     results = []
     with ExitStack() as locks:

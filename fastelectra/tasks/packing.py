@@ -15,6 +15,7 @@ class Example:
 
     tokens: np.ndarray  # int32
     first: int  # how many of them belong to [CLS] A [SEP]
+    cut: bool  # whether the texts had more
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def encode(
         first = len(tokens)
         if b:
             tokens += [*b[: kept[1]], special["sep"]]
-        examples.append(Example(np.array(tokens, np.int32), first))
+        examples.append(Example(np.array(tokens, np.int32), first, over > 0))
     return examples
 
 

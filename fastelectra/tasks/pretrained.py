@@ -41,7 +41,6 @@ class PretrainedEncoder:
     weights: dict[str, torch.Tensor]  # of the embeddings and the discriminator's encoder, fp32
     head: tuple[torch.Tensor, torch.Tensor] | None  # weight and bias, of a fine-tuned model
     tokenizer: Tokenizer
-    tokenizer_files: dict[str, bytes]  # by name: where they came from may be gone at the end
     special: dict[str, int]
 
     def classifier(self, outputs: int, seed: int) -> Classifier:
@@ -102,15 +101,14 @@ def _pretrained(
         else:
             weights[name] = encoder_tensor(name, parameter.shape, folder, tensors)
     tokenizer, special = read_tokenizer(tokenizer_dir, vocab_size)
-    files = vocabulary.files(tokenizer_dir)
-    return PretrainedEncoder(folder, model, vocab_size, weights, head, tokenizer, files, special)
+    return PretrainedEncoder(folder, model, vocab_size, weights, head, tokenizer, special)
 
 
-def write(folder: Path, classifier: Classifier, pretrained: PretrainedEncoder, task: Task) -> None:
+def write(
+    folder: Path, classifier: Classifier, pretrained: PretrainedEncoder, task: Task, max_length: int
+) -> None:
     """Write an ElectraForSequenceClassification with the same outputs, times the task's scale."""
-    folder.mkdir()
-    for name, content in pretrained.tokenizer_files.items():
-        (folder / name).write_bytes(content)
+    vocabulary.write(pretrained.tokenizer, folder, max_length)
     config = hub_config(
         pretrained.model, "discriminator", pretrained.vocab_size, pretrained.special["pad"]
     )

@@ -38,6 +38,7 @@ from fastelectra.training import checkpoint, launch
 from fastelectra.training.launch import Process
 
 RESULT, RESULTS = "result.json", "results.json"
+SHORTEST = 4  # tokens of an example: a token between [CLS], [SEP] and a second [SEP]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,15 @@ class Options:
     lr: float | None
     epochs: int | None
     layer_decay: str  # google | plain
+    max_length: int | None
+
+    def length(self, positions: int) -> int:
+        """Of an example at most, for a model with so many positions. Raises FastElectraError."""
+        if self.max_length and not SHORTEST <= self.max_length <= positions:
+            raise FastElectraError(
+                f"--max-length {self.max_length}: the model takes {SHORTEST} to {positions} tokens"
+            )
+        return self.max_length or min(MAX_LENGTH, positions)
 
 
 class Runs:
@@ -84,7 +94,7 @@ class Runs:
             layer_decay=recipe.layer_decay,
             decay_convention=options.layer_decay,
             epochs=options.epochs or task.epochs,
-            max_length=min(MAX_LENGTH, start.model.max_positions),
+            max_length=options.length(start.model.max_positions),
             precision=precision(device),
         )
         self.identity = {
@@ -139,17 +149,22 @@ class Runs:
         began = time.monotonic()
         classifier = self.start.classifier(len(self.task.labels) or 1, seed).to(self.device)
         labels = self.splits["train"].labels * (2 if self._doubled else 1)
+        length = self.settings.max_length
+        given = [example for name, split in self.splits.items()
+                 for example in self.examples[name][: len(split.texts)]]  # fmt: skip
+        if cut := sum(example.cut for example in given):
+            say(f"{cut:,} of {len(given):,} examples are longer than {length} tokens and were cut")
         weights = train(classifier, self.examples["train"], labels, self.settings, seed, say)
         scores = {}
         target = self._folder(seed)
         with checkpoint.reported(target), checkpoint.write_folder(target) as folder:
             for name, split in self.splits.items():
                 if name != "train":
-                    outputs = predict(weights.model, self.examples[name], self.settings.max_length)
+                    outputs = predict(weights.model, self.examples[name], length)
                     if split.labels is not None:
                         scores[name] = metrics.score(self.task, outputs, split.labels)
                     write_predictions(folder / f"{name}.tsv", self.task, split, outputs)
-            pretrained.write(folder / MODEL, classifier, self.start, self.task)
+            pretrained.write(folder / MODEL, classifier, self.start, self.task, length)
             result = {**self.identity, "seed": seed, "scores": scores,
                       "seconds": round(time.monotonic() - began, 1)}  # fmt: skip
             write_durably(folder / RESULT, [json.dumps(result, indent=2), "\n"])
@@ -199,7 +214,7 @@ def predict_with(task: Task, start: PretrainedEncoder, options: Options, out: Pa
             f" what `fastelectra finetune --task {task.uses}` wrote, not {start.folder}"
         )
     task = replace(task, labels=names)
-    length = min(MAX_LENGTH, start.model.max_positions)
+    length = options.length(start.model.max_positions)
     classifier = start.classifier(len(names), 0).to(device)
     encoder = vocabulary.line_encoder(start.tokenizer)
     examples = packing.encode(encoder, start.special, splits["test"].texts, length)

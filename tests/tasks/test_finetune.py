@@ -128,6 +128,20 @@ def test_transformers_loads_the_model_and_computes_the_same(checkpoint, similar,
     assert whole >= 3
 
 
+def test_texts_are_cut_to_the_length_asked_for(checkpoint, similar, tmp_path, capsys):
+    rows = [
+        line.split("\t") for path in similar.iterdir() for line in path.open() if line[0] != "i"
+    ]
+    arguments = ["--model", checkpoint, "--task", "sts-b", "--data", similar, "--epochs", 1]
+    for asked, length in ((["--max-length", 30], 30), ([], 48)):
+        assert fastelectra("finetune", *arguments, *asked, "--out", tmp_path / str(length)) == 0
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / str(length) / "model")
+        assert tokenizer.model_max_length == length
+        cut = sum(len(tokenizer(*row[7:9]).input_ids) > length for row in rows)
+        told = f"seed 0  {cut} of 220 examples are longer than {length} tokens and were cut\n"
+        assert (told in capsys.readouterr().out) == (length == 30)
+
+
 @pytest.fixture
 def folders(checkpoint, exported, tmp_path):
     """The same weights as a checkpoint, run, export, and what transformers writes of them."""
@@ -312,6 +326,8 @@ def test_a_custom_regression(checkpoint, tmp_path, capsys):
         (["--task", "rte", "--text", "a"], "--text and --label are for --task custom"),
         (["--task", "custom", "--text", "a", "--label", "b", "--data", "hub"], "not custom"),
         (["--task", "rte", "--lr", "1e30"], "lower --lr"),
+        (["--task", "rte", "--max-length", "3"], "--max-length 3: the model takes 4 to 48"),
+        (["--task", "rte", "--max-length", "49"], "49: the model takes 4 to 48 tokens"),
         (["--task", "ax", "--epochs", "3"], "leave out --seeds, --lr and --epochs"),
     ],
 )  # fmt: skip
