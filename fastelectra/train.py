@@ -42,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
         if args.max_hours is not None and not args.max_hours > 0:
             raise errors.FastElectraError(f"--max-hours {args.max_hours:g} must be above 0")
         config = load_config(args.config, args.set)
+        if not config.training.output_dir:
+            raise errors.FastElectraError(
+                "training.output_dir is not set: name the folder of this run"
+            )
         launch.accumulation(config, process)
         corpus = open_corpus(config.data.path)
         if args.verify:

@@ -148,7 +148,7 @@ def _run_tasks(
     import torch
 
     from fastelectra.tasks import pretrained
-    from fastelectra.tasks.runs import Options, Runs, predict_with, run_all
+    from fastelectra.tasks.runs import FILES, Options, Runs, predict_with, run_all
 
     device = launch.device()
     start = pretrained.load(args.model)
@@ -164,7 +164,7 @@ def _run_tasks(
     with ExitStack() as locks:
         if process.leads:  # before the others can go on
             for folder in dict.fromkeys([Path(args.out), *(out for _, out in tasks)]):
-                locks.enter_context(claim(folder, "finetune", "--out"))
+                locks.enter_context(claim(folder, "finetune", "--out", FILES))
         if process.world > 1:  # some have longer runs than others: no time is too long to wait
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         for line in _opening(start, trained):

@@ -38,6 +38,7 @@ from fastelectra.training import checkpoint, launch
 from fastelectra.training.launch import Process
 
 RESULT, RESULTS = "result.json", "results.json"
+FILES = (RESULTS, MODEL, "checkpoints")  # a folder without finetune.lock that has one is another's
 SHORTEST = 4  # tokens of an example: a token between [CLS], [SEP] and a second [SEP]
 
 

@@ -17,6 +17,7 @@ from fastelectra.errors import FastElectraError
 from fastelectra.outputs import claim
 from fastelectra.training.checkpoint import complete_checkpoints
 
+FILES = ("config.json", "metrics.jsonl", "curves.png")  # in a run folder, besides its folders
 BARS = "▁▂▃▄▅▆▇█"
 SKETCHED = {
     "mlm_loss": "generator loss",
@@ -40,11 +41,10 @@ def check_outputs(config: Config) -> BinaryIO:
             "training.wandb_project is set but wandb is not installed: pip install wandb"
         )
     run = Path(config.training.output_dir)
-    if not config.training.output_dir:
-        raise FastElectraError("training.output_dir is not set: name the folder of this run")
     try:
-        ours = bool(complete_checkpoints(run))
-        lock = claim(run, "train", "training.output_dir", ours)
+        lock = claim(
+            run, "train", "training.output_dir", () if complete_checkpoints(run) else FILES
+        )
         (run / "checkpoints").mkdir(exist_ok=True)
         write_durably(run / "config.json", [json.dumps(config.to_dict(), indent=2), "\n"])
     except OSError as error:

@@ -353,12 +353,12 @@ def test_what_is_not_its_own_is_never_replaced(checkpoint, official, tmp_path, c
     assert fastelectra("export", checkpoint, theirs / "model") == 0
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "step-00000007").symlink_to(checkpoint)
-    for model, out in ((theirs / "model", theirs), (run, run)):
+    for model, out, name in ((theirs / "model", theirs, "model"), (run, run, "checkpoints")):
         before = sorted(out.rglob("*"))
-        refused(f"--out {out} holds files that `fastelectra finetune` has not made", model, out)
+        refused(f"--out {out} has a {name} that `fastelectra finetune` has not made", model, out)
         assert sorted(out.rglob("*")) == before
     out = tmp_path / "o"
-    with claim(out, "finetune", "--out"):
+    with claim(out, "finetune", "--out", ()):
         refused(f"another run is at work in {out}: wait", checkpoint, out)
     assert fastelectra("finetune", "--model", checkpoint, "--task", "rte", "--data", official,
                        "--out", out, "--epochs", 1) == 0  # fmt: skip

@@ -120,8 +120,6 @@ def test_outputs_that_cannot_be_written(corpus, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(FastElectraError, match=r"cannot write training\.output_dir .*directory"):
         check_outputs(config_with(corpus, tmp_path / "file" / "run"))
-    with pytest.raises(FastElectraError, match=r"training\.output_dir is not set"):
-        check_outputs(config_with(corpus, ""))
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     with pytest.raises(FastElectraError, match="wandb is not installed"):
         check_outputs(config_with(corpus, tmp_path, training={"wandb_project": "electra"}))
@@ -141,14 +139,18 @@ def test_one_run_at_a_time_in_a_folder(corpus, trained):
 def test_files_that_are_not_of_a_run_are_left_alone(corpus, tmp_path):
     config, mine = config_with(corpus, tmp_path), tmp_path / "config.json"
     mine.write_text("mine")
-    with pytest.raises(
-        FastElectraError, match=r"training\.output_dir .* name a new or empty folder"
-    ):
+    with pytest.raises(FastElectraError, match=r"has a config\.json that .* name another folder"):
         check_outputs(config)
     assert (list(tmp_path.iterdir()), mine.read_text()) == ([mine], "mine")
-    mine.unlink()
+    mine.rename(tmp_path / "log")  # what this run does not write may be there
     for _ in range(2):  # the first ends before its first checkpoint
         check_outputs(config).close()
+
+
+def test_no_run_folder(corpus, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps({"data": {"path": str(corpus)}}))
+    with pytest.raises(FastElectraError, match=r"training\.output_dir is not set: name the folder"):
+        cli.main(["train", "--config", str(tmp_path / "c.json")])
 
 
 def test_a_run_that_went_on_since_the_start_was_found(trained):
