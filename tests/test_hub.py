@@ -415,7 +415,7 @@ def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):
     discriminator, generator = exported / "discriminator", exported / "generator"
     BertConfig().save_pretrained(tmp_path / "bert")
     for folders, message in (
-        ([tmp_path / "nowhere"], "cannot read"),
+        ([tmp_path / "nowhere"], "nowhere: no such folder"),
         ([tmp_path / "bert"], "not the configuration of an Electra model"),
         ([discriminator, discriminator], "are both a discriminator"),
     ):

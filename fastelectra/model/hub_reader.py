@@ -1,6 +1,7 @@
 """Reads the folders that Hugging Face's `save_pretrained` writes, in our terms."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,16 +47,24 @@ class Networks:
         return self.folders.get("discriminator") or self.folders["generator"]
 
 
+def check_folder(path: Path) -> None:
+    """Raise FastElectraError where there is no such folder, perhaps as it is a name on the Hub."""
+    if not path.is_dir():
+        hint = ""
+        if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):  # owner/name
+            hint = (
+                "; download a model of the Hugging Face Hub first:"
+                f" hf download {path} --local-dir {path.name}"
+            )
+        raise FastElectraError(f"{path}: no such folder{hint}")
+
+
 def hub_folders(path: Path) -> list[Path]:
     """The folder itself, or the parts of an export; empty if it is neither.
 
-    Raises FastElectraError for an export without a discriminator, and a model's name on the Hub.
+    Raises FastElectraError for an export without a discriminator, and where there is no folder.
     """
-    if not path.exists() and len(path.parts) == 2 and not path.is_absolute():
-        raise FastElectraError(
-            f"there is no folder {path}. A model on Hugging Face's Hub has to be downloaded first:"
-            f" hf download {path} --local-dir {path.name}"
-        )
+    check_folder(path)
     if (path / "checkpoints").is_dir():
         return []  # a run folder: its config.json is the run's
     if (path / "config.json").is_file():

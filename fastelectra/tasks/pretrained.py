@@ -9,7 +9,6 @@ difference. (Its other rows are 0.)
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from tokenizers import Tokenizer
 
 from fastelectra.config import ModelConfig, config_from_dict
 from fastelectra.data import vocabulary
-from fastelectra.errors import FastElectraError
 from fastelectra.hub import hub_config, read_tokenizer
 from fastelectra.model.hub_names import to_hub
-from fastelectra.model.hub_reader import encoder_tensor, read_encoder, read_json
+from fastelectra.model.hub_reader import check_folder, encoder_tensor, read_encoder, read_json
 from fastelectra.tasks.classifier import DROPOUT, Classifier
 from fastelectra.tasks.table import Task
 from fastelectra.training import checkpoint
@@ -64,13 +62,7 @@ def load(path: str) -> PretrainedEncoder:
     Raises FastElectraError for what is none of these, or damaged.
     """
     given = Path(path)
-    if not given.is_dir():
-        hint = ""
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):  # owner/name, as on the hub
-            hint = (
-                f"; download a model of the hub first: hf download {path} --local-dir {given.name}"
-            )
-        raise FastElectraError(f"--model {path}: no such folder{hint}")
+    check_folder(given)
     is_run = (given / "checkpoints").is_dir()
     found = (given / part for part in PARTS if (given / part / "config.json").is_file())
     folder = None if is_run else next(found, None)

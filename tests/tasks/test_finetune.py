@@ -314,9 +314,9 @@ def test_a_custom_regression(checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--task", "rte", "--model", "nowhere"], "--model nowhere: no such folder\n"),
+        (["--task", "rte", "--model", "nowhere"], "nowhere: no such folder\n"),
         (["--task", "rte", "--model", "google/electra-x"],
-         "no such folder; download a model of the hub first:"
+         "no such folder; download a model of the Hugging Face Hub first:"
          " hf download google/electra-x --local-dir electra-x\n"),
         (["--task", "rte", "--model", "."], "no checkpoint in ."),
         (["--task", "rte", "--data", "nowhere"], "--data nowhere: no such folder"),
