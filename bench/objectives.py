@@ -55,7 +55,8 @@ class Setting:
 # networks do not learn to see that they do; at 128 they begin to.
 CPU = Setting(
     "demo",
-    ("data.max_length=128", "model.max_positions=128", "training.micro_batch_tokens=2048"),
+    ("data.max_length=128", "model.max_positions=128", "training.micro_batch_tokens=2048",
+     "data.mask_fraction=0.15", "optimizer.warmup_steps=100"),
     vocab_size=4096, tokens=9_216_000, points=2, seeds=3, lr=1e-3, epochs=5,
 )  # fmt: skip
 GPU = Setting(
