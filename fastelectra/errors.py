@@ -16,7 +16,8 @@ def run(main, argv=None) -> int:
     """
     try:
         code = main(argv) or 0
-        sys.stdout.flush()
+        if sys.stdout:  # may be closed
+            sys.stdout.flush()
         return code
     except FastElectraError as error:
         message = str(error)

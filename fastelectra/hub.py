@@ -8,6 +8,7 @@ OUT/mlm/                the same, where the objective's main network predicts to
 
 import dataclasses
 import json
+import shlex
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -21,6 +22,7 @@ from tokenizers import Tokenizer
 
 from fastelectra.config import (
     Config,
+    DataConfig,
     ModelConfig,
     Objective,
     ObjectiveConfig,
@@ -37,6 +39,7 @@ from fastelectra.model.hub_reader import (
     FIXED,
     SHARED,
     SIZES,
+    check_folder,
     hub_folders,
     read_networks,
 )
@@ -63,7 +66,8 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
     folders = hub_folders(Path(path))
     if folders:
         if generator:
-            folders += hub_folders(Path(generator)) or [Path(generator)]
+            check_folder(Path(generator))
+            folders += [Path(generator)]
         networks = read_networks(folders)
         if "discriminator" not in networks.folders:
             raise FastElectraError(f"{path} holds no discriminator (ElectraForPreTraining)")
@@ -237,7 +241,10 @@ def run_import(args: Namespace) -> int:
         print(EMBEDDINGS_DIFFER)
     if vocab_size < networks.vocab_size:
         print(f"left out: embeddings {vocab_size} to {networks.vocab_size - 1}, of no token")
-    names = (*list(SHARED)[:3], *SIZES, "generator_fraction")
-    sizes = (f" --set model.{name}={getattr(networks.model, name)}" for name in names)
-    print(f"wrote {args.out}: start with --set training.init_from={args.out}{''.join(sizes)}")
+    names = ("layers", "embedding_size", "max_positions", *SIZES, "generator_fraction")
+    fields = [f"model.{name}={getattr(networks.model, name)}" for name in names]
+    if networks.model.max_positions < DataConfig.max_length:
+        fields.append(f"data.max_length={networks.model.max_positions}")
+    fields.insert(0, f"training.init_from={args.out}")
+    print(f"wrote {args.out}: start with", *(f"--set {shlex.quote(field)}" for field in fields))
     return 0

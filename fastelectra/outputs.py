@@ -8,20 +8,21 @@ from typing import BinaryIO
 from fastelectra.errors import FastElectraError
 
 
-def claim(folder: Path, command: str, option: str, names: Sequence[str]) -> BinaryIO:
-    """Make `folder`; until the result is closed, or the process ends, keep other runs out of it.
+def claim(path: Path, option: str, names: Sequence[str]) -> BinaryIO:
+    """Make the folder of the lock's file `path`, and keep other runs out of it until the result is
+    closed or the process ends.
 
-    The lock's file stays, and tells later runs that the folder is the command's own. Raises
+    The file stays, and tells later runs that the folder is the command's own. Raises
     FastElectraError, with nothing written, for another with one of `names` in it, or where another
-    run is at work, and OSError.
+    run is at work, and OSError. option: which names the folder.
     """
-    path = folder / f"{command}.lock"
+    folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     foreign = () if path.exists() else [name for name in names if (folder / name).exists()]
     if foreign:
         raise FastElectraError(
-            f"{option} {folder} has a {foreign[0]} that `fastelectra {command}` has not made: name"
-            " another folder"
+            f"{option} {folder} has {foreign[0]}, which this command has not made: name another"
+            " folder"
         )
     lock = open(path, "ab")  # noqa: SIM115  (the caller closes it)
     try:

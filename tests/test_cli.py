@@ -1,6 +1,7 @@
 """The installed command and package, from a folder of their own."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,9 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
     )  # fmt: skip
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+    closed = f"{shlex.quote(str(COMMAND))} flops --config {shlex.quote(str(config))} >&-"
+    done = subprocess.run(closed, shell=True, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_kernels_are_ours_and_not_at_top_level(tmp_path):

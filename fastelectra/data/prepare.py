@@ -192,11 +192,15 @@ def _root(sources: Iterable[Source]) -> Path:
 
 
 def _style(args: argparse.Namespace) -> dict[str, bool]:
-    """How text is normalised: by the options, else as the vocabulary's folder says."""
-    keeps_accents = args.cased or args.keep_accents
-    if args.vocab and not keeps_accents:
-        return vocabulary.normalisation(Path(args.vocab))
-    return {"lowercase": not args.cased, "strip_accents": not keeps_accents}
+    """How text is normalised: as the vocabulary's folder says, but for what the options say."""
+    style = {"lowercase": True, "strip_accents": True}
+    if args.vocab:
+        style = vocabulary.normalisation(Path(args.vocab))
+    if style and args.cased:
+        style["lowercase"] = False
+    if style and (args.cased or args.keep_accents):
+        style["strip_accents"] = False
+    return style
 
 
 def _is_done(out: Path, settings: dict) -> bool:
@@ -407,8 +411,8 @@ def _report(out: Path, manifest: Manifest, skipped: Skipped, other_kinds: Counte
         )
     if unknown > MOST_UNKNOWN:
         print(
-            f"warning: {unknown:.0%} of the tokens are [UNK]: is this the vocabulary of this"
-            " language and case?",
+            f"warning: {unknown:.0%} of the tokens are [UNK]: is the vocabulary, given or trained,"
+            " of this language and case, and large enough?",
             file=sys.stderr,
         )
     if not any(shard.tokens for shard in manifest.shards if shard.split == "heldout"):

@@ -297,14 +297,12 @@ def _cut(data: bytes) -> int:
 def _decode(data: bytes, offset: int, skip: Callable[[int], None] | None) -> list[str | None]:
     """Lines without byte order mark and NULs; None for one that is not UTF-8.
 
-    `offset` is where `data` begins in the file. Where there is no newline, carriage returns end
-    lines, as on old Macs.
+    `offset` is where `data` begins in the file.
     """
-    end = b"\n" if b"\n" in data else b"\r"
     with suppress(UnicodeDecodeError):  # mostly all of it is
-        return _utf8(data, offset).split(end.decode())
+        return _utf8(data, offset).split("\n")
     lines: list[str | None] = []
-    for line in data.split(end):
+    for line in data.split(b"\n"):
         try:
             lines.append(_utf8(line, offset))
         except UnicodeDecodeError:

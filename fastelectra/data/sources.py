@@ -20,7 +20,7 @@ from fastelectra.errors import FastElectraError
 KINDS = (".txt", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 SKIPPED = "skipped.jsonl"  # in a corpus: what was left out
-MADE = ("manifest.json", SKIPPED, ".tokens", ".lines")  # how the names of a corpus's files end
+MOST_ENDINGS = 100  # counted one by one
 COMPRESSION_RATIO = 3  # about, of English text
 
 
@@ -136,29 +136,24 @@ def find_sources(inputs: Sequence[str]) -> Sources:
 
     Raises FastElectraError for an input that does not exist, is empty or of an unknown kind.
     """
-    found, others = Sources(), Sources()
+    found = Sources()
     for name in inputs:
         some = False
-        for file in _files(name):
+        for file in _files(name, found.other_kinds):
             about = _about(file)
-            if not about or not stat.S_ISREG(about.st_mode):
-                continue
-            key, kind = os.fsencode(os.path.realpath(file)), _suffixes(file)
-            source = Source(file, *(kind or ("", "")), about.st_size, str(about.st_mtime_ns))
-            if kind:
+            if about and stat.S_ISREG(about.st_mode):
                 some = True
-                found.add(key, source)
-            elif not others.add(key, source):
-                found.other_kinds[_ending(file)] += 1
+                source = Source(file, *_suffixes(file), about.st_size, str(about.st_mtime_ns))
+                found.add(os.fsencode(os.path.realpath(file)), source)
         if not some:
             raise FastElectraError(f"{name}: no text in there; {_expected()}")
     return found
 
 
-def _files(name: str) -> Iterable[str]:
-    """What a file, folder or glob has, of any kind."""
+def _files(name: str, others: Counter[str]) -> Iterable[str]:
+    """What a file, folder or glob has, of the kinds that can be read; counts the others."""
     if os.path.isdir(name):
-        return _below(str(Path(name)))
+        return _below(str(Path(name)), others)
     if os.path.exists(name):
         if _suffixes(name) is None:
             raise FastElectraError(f"{name}: unknown kind of file; {_expected()}")
@@ -166,7 +161,21 @@ def _files(name: str) -> Iterable[str]:
     matches = sorted(glob.glob(name, recursive=True))
     if not matches:
         raise FastElectraError(f"{name}: no such file or folder")
-    return (f for m in matches for f in (_below(m) if os.path.isdir(m) else [m]))
+    return (
+        file
+        for match in matches
+        for file in (_below(match, others) if os.path.isdir(match) else [match])
+        if _can_be_read(file, others)
+    )
+
+
+def _can_be_read(name: str, others: Counter[str]) -> bool:
+    """Whether a file of this name can; counts it by its ending if not."""
+    if _suffixes(name):
+        return True
+    ending = _ending(name)
+    others[ending if ending in others or len(others) < MOST_ENDINGS else "other endings"] += 1
+    return False
 
 
 def _about(file: str) -> os.stat_result | None:
@@ -184,8 +193,8 @@ def _unless_gone(error: OSError) -> None:
         raise error
 
 
-def _below(folder: str) -> Iterator[str]:
-    """What lies below a folder, in order, but nothing hidden, and nothing that `prepare` has made.
+def _below(folder: str, others: Counter[str]) -> Iterator[str]:
+    """What can be read below a folder, in order; nothing hidden, nothing that `prepare` has made.
 
     What links to folders lead to is taken once, by its real path; what the folder itself lies in
     is not. The order is that of the real paths.
@@ -209,9 +218,9 @@ def _below(folder: str) -> Iterator[str]:
                         folders.append(entry.path)
                     elif entry.is_symlink() and _is_folder(entry.path):
                         linked.append(os.path.realpath(entry.path))
-                    elif tokenizer or (corpus and entry.name.endswith(MADE)):
+                    elif tokenizer or (corpus and _is_made(entry.name)):
                         continue  # vocab.txt is no text
-                    else:
+                    elif _can_be_read(entry.name, others):
                         name = os.path.join(real, entry.name)
                         key = os.fsencode(name).replace(os.sep.encode(), b"\0")  # folder by folder
                         values = (key, os.fsencode(entry.path))
@@ -225,6 +234,11 @@ def _below(folder: str) -> Iterator[str]:
 def _is_folder(path: str) -> bool:
     about = _about(path)
     return about is not None and stat.S_ISDIR(about.st_mode)
+
+
+def _is_made(name: str) -> bool:
+    """Whether it is of a corpus, lying in one."""
+    return name in ("manifest.json", SKIPPED) or name.endswith((".tokens", ".lines"))
 
 
 def _suffixes(name: str) -> tuple[str, str] | None:

@@ -179,7 +179,8 @@ def normalisation(file: Path) -> dict[str, bool]:
     for name, value in style.items():
         if type(value) is not bool:
             raise FastElectraError(f"{config}: {name} must be true or false, got {value!r}")
-    return dict(zip(("lowercase", "strip_accents", "split_chinese"), style.values(), strict=True))
+    words = {"lowercase": lowercase, "strip_accents": style["strip_accents"]}
+    return words if style["tokenize_chinese_chars"] else words | {"split_chinese": False}
 
 
 def read(

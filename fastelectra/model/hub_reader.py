@@ -53,7 +53,7 @@ def check_folder(path: Path) -> None:
         hint = ""
         if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)):  # owner/name
             hint = (
-                "; download a model of the Hugging Face Hub first:"
+                "; if it is a model on the Hugging Face Hub, download it first:"
                 f" hf download {path} --local-dir {path.name}"
             )
         raise FastElectraError(f"{path}: no such folder{hint}")

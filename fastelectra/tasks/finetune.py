@@ -148,7 +148,7 @@ def _run_tasks(
     import torch
 
     from fastelectra.tasks import pretrained
-    from fastelectra.tasks.runs import FILES, Options, Runs, predict_with, run_all
+    from fastelectra.tasks.runs import FILES, LOCK, RESULT, Options, Runs, predict_with, run_all
 
     device = launch.device()
     start = pretrained.load(args.model)
@@ -162,11 +162,14 @@ def _run_tasks(
     trained = [Runs(task, start, options, out, device) for task, out in tasks if not task.uses]
     results = []
     with ExitStack() as locks:
-        if process.leads:  # before the others can go on
-            for folder in dict.fromkeys([Path(args.out), *(out for _, out in tasks)]):
-                locks.enter_context(claim(folder, "finetune", "--out", FILES))
         if process.world > 1:  # some have longer runs than others: no time is too long to wait
             torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        for folder in dict.fromkeys([Path(args.out), *(out for _, out in tasks)]):
+            if process.leads:
+                seeds = [*folder.glob(f"seed-*/{RESULT}"), *folder.glob(f"*/seed-*/{RESULT}")]
+                locks.enter_context(claim(folder / LOCK, "--out", () if seeds else FILES))
+        if process.world > 1:  # what rank 0 has refused, no other begins
+            torch.distributed.barrier()
         for line in _opening(start, trained):
             process.say(line)
         run_all(trained, process)

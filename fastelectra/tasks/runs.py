@@ -38,7 +38,9 @@ from fastelectra.training import checkpoint, launch
 from fastelectra.training.launch import Process
 
 RESULT, RESULTS = "result.json", "results.json"
-FILES = (RESULTS, MODEL, "checkpoints")  # a folder without finetune.lock that has one is another's
+LOCK = "finetune.lock"
+# a folder without a lock that has one of these is another's
+FILES = (RESULTS, MODEL, "submission", "test.tsv", "checkpoints")
 SHORTEST = 4  # tokens of an example: a token between [CLS], [SEP] and a second [SEP]
 
 

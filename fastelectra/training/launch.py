@@ -172,7 +172,10 @@ def one_voice(process: Process) -> Iterator[None]:
             time.sleep(PATIENCE)
         raise
     except RuntimeError as error:
-        if "gloo" not in str(error) and "NCCL" not in str(error):
+        from torch.distributed import DistError
+
+        lost = isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        if not lost:
             raise
         raise FastElectraError(
             "lost the connection to another process of this run: it has ended, and what it or the"

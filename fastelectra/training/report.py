@@ -15,7 +15,6 @@ from fastelectra.config import Config
 from fastelectra.data.shards import write_durably
 from fastelectra.errors import FastElectraError
 from fastelectra.outputs import claim
-from fastelectra.training.checkpoint import complete_checkpoints
 
 FILES = ("config.json", "metrics.jsonl", "curves.png")  # in a run folder, besides its folders
 BARS = "▁▂▃▄▅▆▇█"
@@ -42,9 +41,7 @@ def check_outputs(config: Config) -> BinaryIO:
         )
     run = Path(config.training.output_dir)
     try:
-        lock = claim(
-            run, "train", "training.output_dir", () if complete_checkpoints(run) else FILES
-        )
+        lock = claim(run / "lock", "training.output_dir", FILES)
         (run / "checkpoints").mkdir(exist_ok=True)
         write_durably(run / "config.json", [json.dumps(config.to_dict(), indent=2), "\n"])
     except OSError as error:

@@ -123,12 +123,15 @@ class TestResult:
     def test_a_vocabulary_is_read_as_its_folder_says_unless_an_option_does(self, tmp_path, capsys):
         words = "[PAD] [UNK] [CLS] [SEP] [MASK] Zürich zürich"
         (tmp_path / "vocab.txt").write_text(words.replace(" ", "\n"), encoding="utf-8")
-        (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
         (tmp_path / "a.txt").write_text("Zürich", encoding="utf-8")
-        unknown = "warning: 100% of the tokens are [UNK]: is this the vocabulary of this language"
-        for options, token in ((), 5), (("--keep-accents",), 6):
-            out = tmp_path / f"out{token}"
-            assert prepare(tmp_path / "a.txt", "--vocab", tmp_path, "--out", out, *options) == 0
+        unknown = "warning: 100% of the tokens are [UNK]: is the vocabulary, given or trained, of"
+        for lower, option, token in (
+            ("false", [], 5), ("false", ["--keep-accents"], 5), ("true", ["--keep-accents"], 6),
+            ("true", ["--cased"], 5),
+        ):  # fmt: skip
+            (tmp_path / "tokenizer_config.json").write_text(f'{{"do_lower_case": {lower}}}')
+            out = tmp_path / f"out{lower}{token}{option}"
+            assert prepare(tmp_path / "a.txt", "--vocab", tmp_path, "--out", out, *option) == 0
             assert open_corpus(out).split("train")[0].tokens.tolist() == [token]
         assert unknown not in capsys.readouterr().err
         (tmp_path / "tokenizer_config.json").unlink()

@@ -218,7 +218,7 @@ def test_copies_links_and_empty_files_are_used_once_and_listed(tmp_path, capsys)
 
 
 def test_files_of_other_kinds_are_counted(tmp_path, capsys):
-    """Each once, and not what `prepare` made."""
+    """But not what `prepare` made."""
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.txt", "b.json", "b.json.gz", "c.MD", "d.md", "Makefile", "log.1", "e.\x1b[1m"):
@@ -227,7 +227,7 @@ def test_files_of_other_kinds_are_counted(tmp_path, capsys):
     prepared(tmp_path)
     assert line in capsys.readouterr().err
     out = ("--out", tmp_path / "again", "--vocab-size", 300)
-    assert prepare(tmp_path, folder, folder / "*", *out) == 0
+    assert prepare(folder / "*", *out) == 0
     assert line in capsys.readouterr().err
 
 

@@ -91,14 +91,6 @@ def test_line_ends_blank_lines_byte_order_marks_and_nuls(tmp_path):
     assert read(file) == [["one", "two"], ["three"], ["four"]]
 
 
-def test_carriage_returns_alone_end_lines(tmp_path):
-    file, skipped = tmp_path / "text.txt", Skipped()
-    file.write_bytes(b"\xef\xbb\xbfone\rtwo\r\rcaf\xe9\rthree\r")
-    assert read(file, skipped=skipped) == [["one", "two"], ["three"]]
-    (record,) = map(json.loads, skipped.to_jsonl(tmp_path))
-    assert (record["count"], record["first"]) == (1, "byte 12")
-
-
 def test_blank_lines_inside_a_record_do_not_end_it(tmp_path):
     file = tmp_path / "text.jsonl"
     file.write_text(json.dumps({"text": "a\n\nb\u0000\r\nc"}) + "\n\n" + '{"text": null}\n')
@@ -298,8 +290,8 @@ class TestChanging:
             (tmp_path / name).write_text(name)
         below = sources._below
 
-        def vanish(folder):
-            found = list(below(folder))
+        def vanish(*arguments):
+            found = list(below(*arguments))
             (tmp_path / "b.txt").unlink(missing_ok=True)
             return found
 

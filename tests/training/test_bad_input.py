@@ -139,7 +139,7 @@ def test_one_run_at_a_time_in_a_folder(corpus, trained):
 def test_files_that_are_not_of_a_run_are_left_alone(corpus, tmp_path):
     config, mine = config_with(corpus, tmp_path), tmp_path / "config.json"
     mine.write_text("mine")
-    with pytest.raises(FastElectraError, match=r"has a config\.json that .* name another folder"):
+    with pytest.raises(FastElectraError, match=r"has config\.json, which .* name another folder"):
         check_outputs(config)
     assert (list(tmp_path.iterdir()), mine.read_text()) == ([mine], "mine")
     mine.rename(tmp_path / "log")  # what this run does not write may be there
@@ -176,7 +176,7 @@ def test_a_full_disk_leaves_the_old_settings(corpus, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {
         "checkpoints",
         "config.json",
-        "train.lock",
+        "lock",
     }
 
 
