@@ -10,7 +10,6 @@ import os
 import shutil
 import sqlite3
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastelectra.data import demo, vocabulary
+from fastelectra.data import demo, summary, vocabulary
 from fastelectra.data.encoding import CHUNK_CHARACTERS, WORKER_BYTES, encode_in_order, make_chunks
 from fastelectra.data.progress import Progress
 from fastelectra.data.reader import Reader
@@ -34,8 +33,6 @@ from fastelectra.errors import FastElectraError
 SHARD_BYTES = 256 << 20  # of text a shard: about 64 M tokens
 VOCAB_SIZE = 30522  # as the paper's
 MOST_ENTRIES = 1 << 24  # of a vocabulary that is trained
-MOST_UNKNOWN = 0.05  # of the tokens, before a warning
-MOST_DAMAGED = 0.01  # of the characters, likewise
 SAMPLE_BYTES = 64 << 20  # of text that a vocabulary is trained on
 _GOLDEN = 0x9E3779B97F4A7C15  # multiples of it, modulo 2^64, are spread evenly
 
@@ -105,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
         manifest = _prepare(args, sources, settings, skipped, partial)
         os.replace(partial, out)
         (out / "lock").unlink()  # only now: without it what is in `partial` is not ours
-    _report(out, manifest, skipped, other_kinds)
+    _tell(summary.lines(out, manifest, skipped, other_kinds))
     return 0
 
 
@@ -220,6 +217,11 @@ def _is_done(out: Path, settings: dict) -> bool:
     return False
 
 
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
 @contextmanager
 def _partial_folder(out: Path) -> Iterator[Path]:
     """The folder beside `out` to work in, locked. An error removes it, an interruption does not.
@@ -323,7 +325,7 @@ def _make_tokenizer(args: argparse.Namespace, sources: Sources, settings: dict):
         except FastElectraError as error:
             raise FastElectraError(f"{error}{reader.skipped}") from None
     if settings["vocabulary"]["strip_accents"]:
-        _warn_of_damage(characters)
+        _tell(summary.harm(characters))
     with suppress(OSError, AttributeError):  # give 400 MB back before the workers start
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     return tokenizer
@@ -334,18 +336,6 @@ def _counted(texts: Iterable[str], characters: Counter[str]) -> Iterator[str]:
     for text in texts:
         characters.update(text[::17])
         yield text
-
-
-def _warn_of_damage(characters: Counter[str]) -> None:
-    damaged = vocabulary.damaged_letters(characters)
-    share = damaged.total() / max(1, characters.total())
-    if share > MOST_DAMAGED:
-        names = (unicodedata.name(letter, "?") for letter, _ in damaged.most_common(2))
-        print(
-            f"warning: the removal of accents changes {share:.0%} of the characters, such as"
-            f" {' and '.join(names)}: prepare again with --keep-accents",
-            file=sys.stderr,
-        )
 
 
 def _sample(lines: Iterable[str | None], share: float, report: Callable[[], None]) -> Iterator[str]:
@@ -386,42 +376,3 @@ def _placement(train: int, heldout: int, fraction: float) -> Callable[[int, list
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _report(out: Path, manifest: Manifest, skipped: Skipped, other_kinds: Counter[str]) -> None:
-    counts = manifest.counts
-    heldout = sum(shard.documents for shard in manifest.shards if shard.split == "heldout")
-    unknown = counts["unknown"] / counts["tokens"]
-    print(
-        f"{out}: {counts['documents']:,} documents ({heldout:,} held out),"
-        f" {counts['tokens']:,} tokens ({unknown:.2%} unknown),"
-        f" vocabulary {manifest.vocab_size:,}",
-        file=sys.stderr,
-    )
-    if skipped:
-        reasons = ", ".join(f"{count:,} × {why}" for why, count in skipped.by_reason().items())
-        print(f"skipped: {reasons}; listed in {out / 'skipped.jsonl'}", file=sys.stderr)
-    if other_kinds:
-        endings = [ending for ending, _ in other_kinds.most_common()]
-        named = ", ".join(endings[:5]) + ", …" * (len(endings) > 5)
-        print(
-            f"left out: {other_kinds.total():,} file{'s' * (other_kinds.total() > 1)} of other"
-            f" kinds ({named})",
-            file=sys.stderr,
-        )
-    if unknown > MOST_UNKNOWN:
-        print(
-            f"warning: {unknown:.0%} of the tokens are [UNK]: is the vocabulary, given or trained,"
-            " of this language and case, and large enough?",
-            file=sys.stderr,
-        )
-    if not any(shard.tokens for shard in manifest.shards if shard.split == "heldout"):
-        advice = "give --heldout-fraction above 0"
-        if manifest.settings["heldout_fraction"]:
-            advice = (
-                "give more documents, or separate those of a .txt by blank lines or with"
-                " --one-document-per-line"
-            )
-        print(
-            f"warning: no text is held out, which training evaluates on: {advice}", file=sys.stderr
-        )

@@ -1,8 +1,10 @@
 """A tiny configuration, the commands that train with it as a user would, and two runs compared."""
 
 import os
+import random
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -60,9 +62,12 @@ COMMAND = [sys.executable, "-m", "fastelectra.cli", "train"]
 
 
 def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """Of those below what Linux gives to whoever asks for any, which others would take meanwhile."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no port is free")
 
 
 def assert_same_checkpoint(run: Path, expected: Path, tolerance: float) -> None:

@@ -52,6 +52,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 def steps_of(front: subprocess.Popen) -> Iterator[int]:
     """The number of each step as the run prints it."""
     for line in front.stdout:
+        print(line, end="")
         if match := re.match(r"step +([\d,]+)/", line):
             yield int(match[1].replace(",", ""))
 
