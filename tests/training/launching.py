@@ -62,7 +62,7 @@ COMMAND = [sys.executable, "-m", "fastelectra.cli", "train"]
 
 
 def free_port() -> str:
-    """Of those below what Linux gives to whoever asks for any, which others would take meanwhile."""
+    """Of those below what Linux gives whoever asks for any, which another might take meanwhile."""
     for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
