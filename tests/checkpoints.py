@@ -1,5 +1,7 @@
 """Checkpoints as a run leaves them, without the run."""
 
+import json
+
 import torch
 
 from fastelectra import cli, errors
@@ -47,3 +49,14 @@ def write_checkpoint(target, corpus, model=ODD, step=7, objective="electra"):
 def fastelectra(*arguments):
     """Exit code of a command."""
     return errors.run(cli.main, [str(argument) for argument in arguments])
+
+
+def files(folder):
+    """What is in a folder, by path."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in found}
+
+
+def change_json(path, **values):
+    """Set fields of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

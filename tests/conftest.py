@@ -26,3 +26,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def exported(tmp_path, corpus):
+    """A checkpoint's export."""
+    from checkpoints import fastelectra, write_checkpoint  # not installed for kernels alone
+
+    write_checkpoint(tmp_path / "checkpoint", corpus)
+    assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "exported") == 0
+    return tmp_path / "exported"

@@ -50,7 +50,7 @@ def lines(
 
 def harm(characters: Counter[str]) -> Iterator[str]:
     """A warning, if the removal of accents takes parts of many of these letters."""
-    harmed = vocabulary.damaged_letters(characters)
+    harmed = vocabulary.harmed_letters(characters)
     share = harmed.total() / max(1, characters.total())
     if share > MOST_HARMED:
         names = (unicodedata.name(letter, "?") for letter, _ in harmed.most_common(2))

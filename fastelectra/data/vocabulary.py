@@ -127,7 +127,7 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
     return [chr(code) for code in kept], [chr(code) for code in kept if inside[code]]
 
 
-def damaged_letters(characters: Counter[str]) -> Counter[str]:
+def harmed_letters(characters: Counter[str]) -> Counter[str]:
     """Those that lose a part with their accents though it is none: vowel signs, voicing marks.
 
     In Latin, Greek and Cyrillic script an accent is one.
