@@ -71,8 +71,8 @@ part nvidia-smi 20 nvidia-smi
 part environment 30 "$python" "$repo/bench/measure.py"
 
 xdist=()
-has xdist && xdist=(-n 8)
-small=(--size small --rounds 5)
+has xdist && xdist=(-n 12)
+small=(--size small --rounds 3 --block 40)
 # base and large: several micro-batches to an update, as in a run
 base=(--size base --tokens-per-step 131072 --micro-batch 32768 --rounds 3 --warmup 3 --block 3)
 large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --warmup 3 --block 2)
@@ -80,16 +80,16 @@ large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --war
 compile small "${small[@]}" &
 compile base "${base[@]}" &
 compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 &
+part tests 150 "$python" -m pytest -v --tb=short "${xdist[@]}" "${tests[@]}" &
 wait
 
 peers=(--peers natural careful)
 throughput base 90 "${base[@]}" "${peers[@]}" --profile
 throughput small 60 "${small[@]}" "${peers[@]}" --profile
-part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 throughput large 90 "${large[@]}" "${peers[@]}"
-part tests 150 "$python" -m pytest -v --tb=short "${xdist[@]}" "${tests[@]}"
 throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 throughput small-compiled 120 "${small[@]}" --peers compiled # of which most is torch.compile's
+part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels" # row by row
 
 echo "== done in $SECONDS s; results in $out"

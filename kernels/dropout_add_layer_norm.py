@@ -32,15 +32,14 @@ ROWS = 8  # at a time on a CPU, so that one row's sums do not wait for the other
 
 @jit
 def _sum_before_norm(
-    x_ptr, x_bias_ptr, residual_ptr, mask, row, rows,
+    x_ptr, x_bias, residual_ptr, mask, row, rows,
     H: tl.constexpr, BH: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """dropout(x + x_bias) + residual of rows row [R]; where it lies; what of it exists."""
     column = tl.arange(0, BH)
     at = row.to(tl.int64)[:, None] * H + column[None, :]
     inside = (row < rows)[:, None] & (column < H)[None, :]
-    x = upcast(tl.load(x_ptr + at, inside, 0.0))
-    x += upcast(tl.load(x_bias_ptr + column, column < H, 0.0))[None, :]
+    x = upcast(tl.load(x_ptr + at, inside, 0.0)) + x_bias[None, :]
     x = dropout(x, mask, row, BH, THRESHOLD)
     return x + upcast(tl.load(residual_ptr + at, inside, 0.0)), at, inside
 
@@ -51,11 +50,10 @@ def _forward(
     rows, H: tl.constexpr, BH: tl.constexpr, R: tl.constexpr, THRESHOLD: tl.constexpr,
     EPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)
+    row, column = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, BH)
     mask = keys(seed_ptr, 0)
-    z, at, inside = _sum_before_norm(
-        x_ptr, x_bias_ptr, residual_ptr, mask, row, rows, H, BH, THRESHOLD
-    )
+    x_bias = upcast(tl.load(x_bias_ptr + column, column < H, 0.0))
+    z, at, inside = _sum_before_norm(x_ptr, x_bias, residual_ptr, mask, row, rows, H, BH, THRESHOLD)
     y = layer_norm(z, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, row, rows, H, BH, EPS)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
@@ -69,13 +67,15 @@ def _backward(
 ):  # fmt: skip
     column, mask = tl.arange(0, BH), keys(seed_ptr, 0)
     weight = upcast(tl.load(weight_ptr + column, column < H, 0.0))
+    x_bias = upcast(tl.load(x_bias_ptr + column, column < H, 0.0))
     d_x_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_weight = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
-    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+    step = tl.num_programs(0) * R
+    for start in tl.range(tl.program_id(0) * R, rows, step, num_stages=3):
         row = start + tl.arange(0, R)
         z, at, inside = _sum_before_norm(
-            x_ptr, x_bias_ptr, residual_ptr, mask, row, rows, H, BH, THRESHOLD
+            x_ptr, x_bias, residual_ptr, mask, row, rows, H, BH, THRESHOLD
         )
         dy = upcast(tl.load(dy_ptr + at, inside, 0.0))
         if MORE:
@@ -175,17 +175,18 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
             flush(d_bias, sums[part, 2])
 
 
-def _blocks(width: int) -> tuple[dict, int, int]:
-    """Constants of a block of whole rows, its warps, and how many programs share the rows.
+def _blocks(width: int, backward: bool) -> tuple[dict, int]:
+    """Constants of a block of whole rows, and its warps: of those tried the fastest on an H100.
 
-    Half the elements that other ops take, and two or three times the programs: of those tried the
-    fastest backward on an H100 (torch 2.11.0, triton 3.6.0).
+    Backward has three blocks on their way to a program while it works on one (torch 2.11.0, triton
+    3.6.0).
     """
     columns = max(16, power_of_two(width))
-    constants = {"H": width, "BH": columns, "R": max(1, ELEMENTS // 2 // columns)}
+    elements = ELEMENTS // 4 if backward else ELEMENTS // 2
+    constants = {"H": width, "BH": columns, "R": max(1, elements // columns)}
     if columns <= 512:
-        return constants, 2, 2 * PROGRAMS
-    return constants, 4 if columns <= 1024 else 8, 3 * PROGRAMS
+        return constants, 1 if backward else 2
+    return constants, 4 if columns <= 1024 else 8
 
 
 @operation("dropout_add_layer_norm", uses=2)
@@ -201,7 +202,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """→ y [T, H], mean [T], 1/deviation [T]."""
     outputs = _forward_outputs(x)
-    constants, warps, _ = _blocks(x.shape[1])
+    constants, warps = _blocks(x.shape[1], backward=False)
     if not use_triton(x):
         inputs = x, x_bias, residual, weight, bias, cpu.seed(seed)
         others = constants["BH"], *dropping(p), np.float32(eps)
@@ -238,7 +239,7 @@ def backward(
     more: a second gradient of y, to add to the first.
     """
     dx, d_residual = x.new_empty(x.shape), x.new_empty(x.shape)
-    constants, warps, programs = _blocks(x.shape[1])
+    constants, warps = _blocks(x.shape[1], backward=True)
     if not use_triton(x):
         sums = torch.zeros(cpu.parts(), 3, x.shape[1], dtype=torch.float64)
         more = x.new_empty(0, x.shape[1]) if more is None else more
@@ -246,6 +247,7 @@ def backward(
         others = constants["BH"], *dropping(p)
         cpu.run(_backward_loop, x.shape[0], *inputs, dx, d_residual, sums, *others)
         return dx, d_residual, sums.sum(0).to(torch.promote_types(x_bias.dtype, weight.dtype))
+    programs = 2 * PROGRAMS if constants["BH"] <= 512 else 3 * PROGRAMS // 2
     programs = min(programs, -(-x.shape[0] // constants["R"]))
     sums = mean.new_empty(programs, 3, x.shape[1])
     _backward[(programs,)](

@@ -10,7 +10,10 @@ of probabilities leaves the registers for the shared memory.
 
 On a GPU of Hopper's kind a block takes, by an estimate from the machine code, more time outside its
 products than in them: hence the mask of `dropout_mask`, and code without comparisons for blocks
-that are not cut. Within a sequence offsets have 32 bits: enough for 2^31 / (3 heads d) rows.
+that are not cut. The one that is cut comes after the loop, but for the queries' gradient in a loop
+of its own: so neither Triton 3.6 nor 3.7 gives ptxas a reason to let each product wait for the one
+before (keys and values took 1.13 times as long). Within a sequence offsets have 32 bits: enough for
+2^31 / (3 heads d) rows.
 """
 
 import torch
@@ -128,12 +131,16 @@ def _forward(
     total = tl.zeros([BQ], ACC)
     out = tl.zeros([BQ, BD], ACC)
     whole = length // BK * BK
-    for cut in tl.static_range(2):  # whole blocks, then what is left
-        for start in range(cut * whole, length if cut else whole, BK):
-            top, total, out = _one_more_block(
-                q, place, top, total, out, qkv_ptr, start, length, width, nothing,
-                counter, first_key, second_key, D, BD, BK, FACTOR, THRESHOLD, cut,
-            )  # fmt: skip
+    for start in range(0, whole, BK):
+        top, total, out = _one_more_block(
+            q, place, top, total, out, qkv_ptr, start, length, width, nothing,
+            counter, first_key, second_key, D, BD, BK, FACTOR, THRESHOLD, False,
+        )  # fmt: skip
+    if whole < length:
+        top, total, out = _one_more_block(
+            q, place, top, total, out, qkv_ptr, whole, length, width, nothing,
+            counter, first_key, second_key, D, BD, BK, FACTOR, THRESHOLD, True,
+        )  # fmt: skip
     d = tl.arange(0, BD)
     inside = (query < length)[:, None] & (d < D)[None, :]
     out = (out * (SCALE / total)[:, None]).to(out_ptr.dtype.element_ty)
@@ -272,13 +279,18 @@ def _backward_of_keys(
     dk = tl.zeros([BK, BD], ACC)
     dv = tl.zeros([BK, BD], ACC)
     whole = length // BQ * BQ
-    for cut in tl.static_range(2):  # whole blocks, then what is left
-        for start in range(cut * whole, length if cut else whole, BQ):
-            dk, dv = _slopes_of_keys(
-                k, v, place, counter, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
-                length, width, step, nothing, first_key, second_key,
-                D, BD, BQ, FACTOR, THRESHOLD, cut,
-            )  # fmt: skip
+    for start in range(0, whole, BQ):
+        dk, dv = _slopes_of_keys(
+            k, v, place, counter, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, start, first,
+            length, width, step, nothing, first_key, second_key,
+            D, BD, BQ, FACTOR, THRESHOLD, False,
+        )  # fmt: skip
+    if whole < length:
+        dk, dv = _slopes_of_keys(
+            k, v, place, counter, dk, dv, qkv_ptr, d_out_ptr, lse_ptr, delta_ptr, whole, first,
+            length, width, step, nothing, first_key, second_key,
+            D, BD, BQ, FACTOR, THRESHOLD, True,
+        )  # fmt: skip
     _write(d_qkv_ptr + width, sums_ptr + width, dk * ROOT, key, length, 3 * width, D, BD)
     _write(d_qkv_ptr + 2 * width, sums_ptr + 2 * width, dv * SCALE, key, length, 3 * width, D, BD)
 
@@ -310,7 +322,7 @@ def forward(qkv, boundaries, longest: int, p: float, seed, out, lse) -> None:
     tile, grid, sizes = _cut(qkv, boundaries, longest)
     _forward[grid](
         qkv, boundaries, seed, out, lse, *sizes,
-        BQ=tile, BK=min(tile, 32), **_constants(qkv, p), num_warps=4, num_stages=3,
+        BQ=tile, BK=tile, **_constants(qkv, p), num_warps=4, num_stages=3,
     )  # fmt: skip
 
 

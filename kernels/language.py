@@ -98,8 +98,9 @@ def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H: tl.cons
     rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
     normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
     scaled = dy * weight[None, :]
-    along = tl.sum(scaled * normed, 1)[:, None] / H
-    return (scaled - tl.sum(scaled, 1)[:, None] / H - normed * along) * rstd, normed
+    # summed together: threads wait for each other once
+    along, mean = tl.split(tl.sum(tl.join(scaled * normed, scaled), 1) / H)
+    return (scaled - mean[:, None] - normed * along[:, None]) * rstd, normed
 
 
 @jit
