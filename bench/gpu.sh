@@ -26,7 +26,7 @@ if ! has numba; then # the same functions then run as Python: too slow to time, 
   cp "$repo/bench/stand_ins/numba.py" "$work"
   flags+=(--no-data)
 fi
-tests=("$repo/tests/kernels")
+tests=("$repo/tests/kernels/executed")
 if has tokenizers; then tests+=("$repo/tests/training/test_graphs.py"); fi
 if has transformers; then tests+=("$repo/tests/tasks/test_step.py"); fi
 for package in transformers tokenizers pytest; do
@@ -80,7 +80,7 @@ large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --war
 compile small "${small[@]}" &
 compile base "${base[@]}" &
 compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 &
-part tests 150 "$python" -m pytest -v --tb=short "${xdist[@]}" "${tests[@]}" &
+part tests 150 "$python" -m pytest -vv --tb=short "${xdist[@]}" "${tests[@]}" &
 wait
 
 peers=(--peers natural careful)
