@@ -100,17 +100,18 @@ def _backward(
 
 @jit
 def _run_sums(
-    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, pieces_ptr, rows,
+    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, pieces_ptr, rows, tokens,
     H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Sums of each run of one index among N sorted places: gradients, or pieces of longer runs.
 
-    A piece goes to row 0 of the program's own two if its run began before, else to row 1.
+    A place has row order % tokens of dz. A piece goes to row 0 of the program's own two if its run
+    began before, else to row 1.
     """
     place = tl.program_id(0) * N + tl.arange(0, N)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     index = tl.load(sorted_ptr + place, place < rows, -1)
-    row = tl.load(order_ptr + place, place < rows, 0)
+    row = tl.load(order_ptr + place, place < rows, 0) % tokens
     inside = (place < rows)[:, None] & (column < H)[None, :]
     dz = tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)
     same = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(dz.dtype)
@@ -195,8 +196,8 @@ def backward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     p: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """→ gradients of word and position; of weight, bias and segment as one [4, E]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ gradients of word and position as one [V + P, E]; of weight, bias and segment as [4, E]."""
     dz = torch.empty_like(dy)
     constants, warps = row_blocks(word.shape[1])
     programs = min(PROGRAMS, -(-dy.shape[0] // constants["R"]))
@@ -205,25 +206,26 @@ def backward(
         dy, tokens, segments, positions, word, segment, position, weight, seed, mean, rstd, dz,
         sums, dy.shape[0], THRESHOLD=threshold(p), **constants, num_warps=warps,
     )  # fmt: skip
-    return (
-        _sum_rows(dz, tokens, word),
-        _sum_rows(dz, positions, position),
-        column_sums(sums, torch.promote_types(segment.dtype, weight.dtype)),
-    )
+    indices = torch.cat([tokens, positions + len(word)])  # as of one table: one sort, not two
+    d_tables = _sum_rows(dz, indices, len(word) + len(position))
+    return d_tables, column_sums(sums, torch.promote_types(segment.dtype, weight.dtype))
 
 
-def _sum_rows(dz, indices, table):
-    """Gradient of a table of which rows were taken at indices [T]."""
-    d_table = torch.zeros_like(table)
-    narrow = indices.short() if len(table) <= 2**15 else indices  # sorted in half the passes
+def _sum_rows(dz, indices, size):
+    """Gradient of a table [size, E] of which rows were taken for each row of dz, at indices [n·T].
+
+    The n for a row are T places from each other.
+    """
+    d_table = dz.new_zeros(size, dz.shape[1])
+    narrow = indices.short() if size <= 2**15 else indices  # sorted in half the passes
     ordered, order = torch.sort(narrow, stable=True)
-    rows, width = dz.shape
+    rows, width = len(indices), dz.shape[1]
     columns = min(128 // dz.element_size(), max(16, power_of_two(width)))  # 128 bytes: a line
     constants = {"H": width, "BC": columns, "N": RUN}
     blocks, parts = -(-rows // RUN), -(-width // columns)
     statistics = torch.promote_types(dz.dtype, torch.float32)
     pieces = dz.new_empty(blocks, 2, width, dtype=statistics)
-    _run_sums[(blocks, parts)](dz, ordered, order, d_table, pieces, rows, **constants)
+    _run_sums[(blocks, parts)](dz, ordered, order, d_table, pieces, rows, len(dz), **constants)
     if blocks > 1:
         _join_pieces[(blocks - 1, parts)](pieces, ordered, d_table, rows, **constants)
     return d_table
@@ -233,7 +235,7 @@ def _sum_rows(dz, indices, table):
 def _(dy, tokens, segments, positions, word, segment, position, weight, *_):
     dtype = torch.promote_types(segment.dtype, weight.dtype)
     sums = word.new_empty(4, word.shape[1], dtype=dtype)
-    return word.new_empty(word.shape), position.new_empty(position.shape), sums
+    return word.new_empty(len(word) + len(position), word.shape[1]), sums
 
 
 def _save(ctx, inputs, output):
@@ -242,7 +244,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy):
-    d_word, d_position, sums = backward(dy, *ctx.saved_tensors, ctx.p)
+    _, _, _, word, _, position, *_ = ctx.saved_tensors
+    d_tables, sums = backward(dy, *ctx.saved_tensors, ctx.p)
+    d_word, d_position = d_tables.split([len(word), len(position)])
     return None, None, None, d_word, sums[2:], d_position, sums[0], sums[1], None, None, None
 
 

@@ -98,7 +98,7 @@ def layer_norm_gradient(dy, z, weight, mean_ptr, rstd_ptr, row, rows, H: tl.cons
     rstd = tl.load(rstd_ptr + row, row < rows, 0.0)[:, None]
     normed = (z - tl.load(mean_ptr + row, row < rows, 0.0)[:, None]) * rstd
     scaled = dy * weight[None, :]
-    # summed together: threads wait for each other once
+    # one reduction, in which threads wait for each other, instead of two
     along, mean = tl.split(tl.sum(tl.join(scaled * normed, scaled), 1) / H)
     return (scaled - mean[:, None] - normed * along[:, None]) * rstd, normed
 
@@ -142,8 +142,8 @@ def _column_sums(x_ptr, sums_ptr, rows, columns, BR: tl.constexpr, BC: tl.conste
 def column_sums(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sums [...] over the first dimension of x [N, ...], always in the same order."""
     sums = x.new_empty(x.shape[1:], dtype=dtype)
-    rows = min(256, power_of_two(x.shape[0]))
-    columns = 2 * ELEMENTS // rows
+    rows = min(512, power_of_two(x.shape[0]))  # of most ops all: then no load waits for another
+    columns = max(16, 2 * ELEMENTS // rows)
     grid = (-(-sums.numel() // columns),)
     _column_sums[grid](x, sums, x.shape[0], sums.numel(), BR=rows, BC=columns, num_warps=8)
     return sums

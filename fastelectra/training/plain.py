@@ -10,6 +10,7 @@ from fastelectra.training.graphs import Replay
 from fastelectra.training.optimizer import MOMENT_KEYS, PaperAdam, parameter_groups
 
 ALIGNED = 32  # numbers, from a multiple of which a parameter begins: 64 bytes or more
+PIECES, LEAST = 32, 2**13  # of a group of parameters, for Adam, and the numbers of one at least
 Places = dict[nn.Parameter, torch.Tensor]
 
 
@@ -49,9 +50,17 @@ class PlainEngine:
             self.added = self._zeros()
             self.added_places = self._places(self.added)
 
-        for group, weights, gradients in zip(groups, self.weights, self.gradients, strict=True):
-            group["params"], weights.grad = [weights], gradients
+        for group, weights in zip(groups, self.weights, strict=True):
+            group["params"] = _pieces(weights)
         self.optimizer = PaperAdam(groups, config.optimizer)
+        self.moments = [self._zeros() for _ in MOMENT_KEYS]
+        for group, *tensors in zip(groups, self.gradients, *self.moments, strict=True):
+            pieces = map(_pieces, tensors)
+            for weights, gradients, *moments in zip(group["params"], *pieces, strict=True):
+                weights.grad = gradients
+                step = torch.tensor(self.optimizer.adam_step(0), device=weights.device)
+                states = zip(MOMENT_KEYS, moments, strict=True)
+                self.optimizer.state[weights] = {"step": step, **dict(states)}
         device = self.weights[0].device
         self.aside = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.train, self.eval = model.train, model.eval
@@ -59,8 +68,7 @@ class PlainEngine:
     def _zeros(self) -> list[torch.Tensor]:
         """Room for each group's parameters, in fp32."""
         device = self.groups[0][0].device
-        sizes = (sum(map(_room, group)) for group in self.groups)
-        return [torch.zeros(size, device=device) for size in sizes]
+        return [torch.zeros(sum(map(_room, group)), device=device) for group in self.groups]
 
     def _places(self, tensors: list[torch.Tensor]) -> Places:
         """Where each parameter has its part of tensors as `_zeros` makes them."""
@@ -72,9 +80,7 @@ class PlainEngine:
 
     def states(self) -> list[Places]:
         """What a checkpoint keeps of each parameter, in place: weight and Adam's moments."""
-        kept = [self.optimizer.state[weights] for weights in self.weights]
-        moments = [[state[key] for state in kept] for key in MOMENT_KEYS]
-        return [self._places(tensors) for tensors in (self.weights, *moments)]
+        return [self._places(tensors) for tensors in (self.weights, *self.moments)]
 
     def zero_optimization_stage(self) -> int:
         """None: whole parameters are here."""
@@ -98,35 +104,36 @@ class PlainEngine:
             loss, metrics = next(losses)
         _wait(here, self.aside)
         with torch.cuda.stream(self.aside):
-            found = [self._gradients(loss)]
-        loss = loss.detach()
+            added = self._add(self._gradients(loss), set())
+        loss, gradients = loss.detach(), {}
         for term, more in losses:
-            found.append(self._gradients(term))
+            gradients = self._gradients(term)
             loss, metrics = loss + term.detach(), metrics | more
         _wait(here, self.aside)
-        self._add(found)
+        self._add(gradients, added)
+        if self.micro_steps % self.accumulation:
+            torch._foreach_add_(self.gradients, self.added)
         return metrics, loss.isfinite()
 
     def _gradients(self, loss: torch.Tensor) -> Places:
         parameters = [parameter for group in self.groups for parameter in group]
-        valid = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        valid = loss.detach() * 0 + 1  # or NaN
         found = torch.autograd.grad(loss, parameters, valid, allow_unused=True)
         return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
 
-    def _add(self, found: list[Places]) -> None:
-        """To the step's gradients, in fp32; those of its first micro-batch overwrite.
+    def _add(self, gradients: Places, added: set[nn.Parameter]) -> set[nn.Parameter]:
+        """To a micro-batch's gradients, in fp32, in which those of `added` are already.
 
-        The same parameters have gradients each time: an objective leaves none out.
+        Returns whose they are. The step's first micro-batch has the place of the sum, others one of
+        their own. The same parameters have gradients each time: an objective leaves none out.
         """
-        first = self.micro_steps % self.accumulation == 0
-        places = self.places if first else self.added_places
-        last = {p: g for gradients in found for p, g in gradients.items()}
-        torch._foreach_copy_([places[p] for p in last], [*last.values()])
-        for parameter, gradient in found[0].items():
-            if gradient is not last[parameter]:  # of both networks
-                places[parameter] += gradient
-        if not first:
-            torch._foreach_add_(self.gradients, self.added)
+        places = self.added_places if self.micro_steps % self.accumulation else self.places
+        new = {p: g for p, g in gradients.items() if p not in added}
+        if new:
+            torch._foreach_copy_([places[p] for p in new], [*new.values()])
+        for parameter in gradients.keys() - new.keys():  # of both networks
+            places[parameter] += gradients[parameter]
+        return set(gradients)
 
     def capture(self, generator: torch.Generator, pool) -> None:
         """From now on replay the update as a CUDA graph."""
@@ -150,7 +157,7 @@ class PlainEngine:
     def update(self) -> torch.Tensor:
         """Clip, update, copy; returns the gradients' norm before clipping."""
         norm = total_norm(self.gradients)
-        self.optimizer.found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = (norm * 0).isnan().float()
         if self.clip:  # Adam divides by it, in the pass that it makes anyway
             self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)
         self.optimizer.step()
@@ -171,7 +178,16 @@ def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _room(parameter: nn.Parameter) -> int:
     """How many numbers a parameter takes among those of its group."""
-    return -(-parameter.numel() // ALIGNED) * ALIGNED
+    return _aligned(parameter.numel())
+
+
+def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A group's in parts, of each of which a GPU updates up to 65 536 numbers by one block."""
+    return tensor.split(max(LEAST, _aligned(-(-len(tensor) // PIECES))))
+
+
+def _aligned(numbers: int) -> int:
+    return -(-numbers // ALIGNED) * ALIGNED
 
 
 def _wait(waiting: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:

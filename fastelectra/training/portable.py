@@ -135,7 +135,8 @@ def _write_whole(engine: Engine, adam_step: float):
 
 
 def _write_plain(engine: PlainEngine, adam_step: float):
-    _fresh_states(engine, engine.weights, adam_step)
+    for state in engine.optimizer.state.values():
+        state["step"].fill_(adam_step)
     states = engine.states()
 
     def write(parameter: torch.Tensor, weight: torch.Tensor, moments: Tensors) -> None:

@@ -52,7 +52,7 @@ def test_the_generators_backward_needs_its_forward_and_the_sum_needs_both(corpus
     engine.learn(batches[0])
     assert log == [
         "aside waits for here", "generator: aside", "here waits for aside", "backward: aside",
-        "discriminator: here", "backward: here", "here waits for aside", "sum: here",
+        "sum: aside", "discriminator: here", "backward: here", "here waits for aside", "sum: here",
     ]  # fmt: skip
 
 

@@ -45,10 +45,10 @@ def test_a_program_takes_many_blocks_of_rows(name, monkeypatch):
 
 
 def test_column_sums_of_many_rows():
-    x = torch.randn(150, 3, 70, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2500, 3, 70, generator=torch.Generator().manual_seed(0))
     (x,) = kernel_cases.placed(x)
     torch.testing.assert_close(
-        language.column_sums(x, torch.float32), x.sum(0), rtol=1e-5, atol=1e-5
+        language.column_sums(x, torch.float32), x.double().sum(0).float(), rtol=1e-5, atol=1e-4
     )
 
 
