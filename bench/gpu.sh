@@ -41,9 +41,9 @@ part() { # NAME SECONDS COMMAND…: never beyond 530 s from the start
   local label=$1 limit=$2 left=$((530 - SECONDS)) status=0
   shift 2
   limit=$((limit < left ? limit : left))
-  echo "== $label, at $SECONDS s, for $limit s at most"
+  printf '\n%s\n' "== $label, at $SECONDS s, for $limit s at most"
   if ((limit >= 5)); then
-    (cd "$work" && timeout --kill-after=5 "$limit" "$@") 2>&1 | tee "$out/$name-$label.log"
+    (cd "$work" && timeout --signal=INT --kill-after=10 "$limit" "$@") 2>&1 | tee "$out/$name-$label.log"
     status=${PIPESTATUS[0]}
   else
     status=124
@@ -87,9 +87,9 @@ peers=(--peers natural careful)
 throughput base 90 "${base[@]}" "${peers[@]}" --profile
 throughput small 60 "${small[@]}" "${peers[@]}" --profile
 throughput large 90 "${large[@]}" "${peers[@]}"
+part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 throughput small-compiled 120 "${small[@]}" --peers compiled # of which most is torch.compile's
-part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels" # row by row
 
 echo "== done in $SECONDS s; results in $out"

@@ -7,6 +7,7 @@ Nothing runs on a GPU and no result is computed: the ops allocate and launch as 
 launch is noted with the types, alignments and constants that Triton would specialise it for.
 """
 
+import os
 import re
 import subprocess
 import tempfile
@@ -53,12 +54,22 @@ class Compiled:
     local: int  # bytes per thread: spilled registers
     shared: int  # bytes per program
     cubin: bytes
+    ptx: str
 
     def instructions(self) -> Counter:
         """Opcodes of the machine code, counted."""
         text = _inspect(self.cubin, "nvdisasm")
         pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)"
         return Counter(re.findall(pattern, text, re.M))
+
+    def serialized(self) -> bool:
+        """Whether ptxas, for Hopper, lets each product on the tensor cores wait for the last."""
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(self.ptx)
+            file.flush()
+            command = [TOOLS / "ptxas", "-v", "--gpu-name", "sm_90a", file.name, "-o", os.devnull]
+            run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return "wgmma.mma_async instructions are serialized" in run.stderr
 
 
 def record(call: Callable[[], object]) -> list[Launch]:
@@ -107,7 +118,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     usage = _inspect(code.asm["cubin"], "cuobjdump", "--dump-resource-usage")
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return Compiled(found["REG"], found["STACK"] + found["LOCAL"], code.metadata.shared,
-                    code.asm["cubin"])  # fmt: skip
+                    code.asm["cubin"], code.asm["ptx"])  # fmt: skip
 
 
 def _inspect(cubin: bytes, tool: str, *options: str) -> str:

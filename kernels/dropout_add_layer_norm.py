@@ -72,7 +72,8 @@ def _backward(
     d_weight = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     d_bias = tl.zeros([R, BH], mean_ptr.dtype.element_ty)
     step = tl.num_programs(0) * R
-    for start in tl.range(tl.program_id(0) * R, rows, step, num_stages=3):
+    STAGES: tl.constexpr = 3 if BH <= 2048 else 1  # shared memory for wider rows is not everywhere
+    for start in tl.range(tl.program_id(0) * R, rows, step, num_stages=STAGES):
         row = start + tl.arange(0, R)
         z, at, inside = _sum_before_norm(
             x_ptr, x_bias, residual_ptr, mask, row, rows, H, BH, THRESHOLD
@@ -178,8 +179,8 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
 def _blocks(width: int, backward: bool) -> tuple[dict, int]:
     """Constants of a block of whole rows, and its warps: of those tried the fastest on an H100.
 
-    Backward has three blocks on their way to a program while it works on one (torch 2.11.0, triton
-    3.6.0).
+    So is the number of backward's programs, each of which loads its next block while it works on
+    one (torch 2.11.0, triton 3.6.0).
     """
     columns = max(16, power_of_two(width))
     elements = ELEMENTS // 4 if backward else ELEMENTS // 2

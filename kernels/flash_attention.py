@@ -10,10 +10,10 @@ of probabilities leaves the registers for the shared memory.
 
 On a GPU of Hopper's kind a block takes, by an estimate from the machine code, more time outside its
 products than in them: hence the mask of `dropout_mask`, and code without comparisons for blocks
-that are not cut. The one that is cut comes after the loop, but for the queries' gradient in a loop
-of its own: so neither Triton 3.6 nor 3.7 gives ptxas a reason to let each product wait for the one
-before (keys and values took 1.13 times as long). Within a sequence offsets have 32 bits: enough for
-2^31 / (3 heads d) rows.
+that are not cut. The cut block comes after the loop, in an `if`; for the queries' gradient it has a
+loop of its own. The other way round ptxas lets each product wait for the one before, from what
+Triton 3.6 gives it: keys and values took 1.13 times as long. Within a sequence offsets have 32
+bits: enough for 2^31 / (3 heads d) rows.
 """
 
 import torch

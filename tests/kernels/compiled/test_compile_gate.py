@@ -23,12 +23,13 @@ from fastelectra.model import Electra, encoder
 ROOT = Path(__file__).parents[3]
 VOCABULARY = 30_522
 OPERATIONS = {name for name in kernels.__all__ if f"{name}_reference" in kernels.__all__}
-# (kernel and types, capability) → bytes a thread. Read in the machine code: attention's `_forward`,
-# only without dropout, stores a number before its loop and loads it after; `_row` stores one
-# between its two loops and loads it after the second; LayerNorm's `_forward`, without loops, stores
-# and loads a pair once. fp32 on such a GPU is for comparisons. `bias_gelu._backward` loads a number
-# that it stored before its loop once in each round, of some 300 instructions.
+# (kernel and types, capability) → bytes a thread. Read in the machine code: attention's kernels
+# store a number before their loop and load it after; `_row` stores one between its two loops and
+# loads it after the second; LayerNorm's `_forward`, without loops, stores and loads a pair once.
+# fp32 on such a GPU is for comparisons. `bias_gelu._backward` loads a number that it stored before
+# its loop once in each round, of some 300 instructions.
 SPILLS_TOLERATED = {
+    ("flash_attention._backward_of_keys bf16/fp32", 80): 8,
     ("flash_attention._forward bf16/fp32", 80): 8,
     ("flash_attention._forward fp16/fp32", 80): 8,
     ("bias_gelu._backward fp16/fp32", 100): 8,
@@ -138,7 +139,7 @@ def test_a_vocabulary_beyond_16_bits(capability):
     rows, width = 256, 128
     indices = [torch.zeros(rows, dtype=torch.int32, device="meta") for _ in range(3)]
     tables = [torch.zeros(n, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
-              for n in (2**15 + 1, 2, 512)]  # fmt: skip
+              for n in (2**15 - 511, 2, 512)]  # fmt: skip
     vectors = [torch.zeros(width, dtype=torch.bfloat16, device="meta") for _ in range(2)]
     seed = torch.zeros(1, dtype=torch.int64, device="meta")
 
@@ -146,7 +147,7 @@ def test_a_vocabulary_beyond_16_bits(capability):
         kernels.embed_layer_norm(*indices, *tables, *vectors, 0.1, seed, 1e-12).sum().backward()
 
     found = aot.record(step)
-    assert {dict(x.signature).get("sorted_ptr") for x in found} == {None, "*i16", "*i32"}
+    assert {dict(x.signature).get("sorted_ptr") for x in found} == {None, "*i32"}
     assert_good(dict.fromkeys(found), capability)
 
 
@@ -171,7 +172,9 @@ def test_other_vocabulary_heads(width, temperature, capability):
 
 
 @pytest.mark.parametrize("capability", bench.CAPABILITIES)
-@pytest.mark.parametrize(("size", "longest"), [(8, 512), (64, 16), (40, 64), (64, 65), (32, 32)])
+@pytest.mark.parametrize(
+    ("size", "longest"), [(8, 512), (64, 16), (40, 64), (40, 512), (64, 65), (32, 32)]
+)
 def test_other_heads_and_lengths(size, longest, capability):
     qkv = torch.zeros(256, 3, 2, size, dtype=torch.bfloat16, requires_grad=True, device="meta")
     bias = torch.zeros(6 * size, dtype=torch.bfloat16, device="meta")
@@ -186,7 +189,6 @@ def test_other_heads_and_lengths(size, longest, capability):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_products_of_attention_do_not_wait_for_each_other(p):
-    """As ptxas has it where it cannot tell that their sums stay alone: one in flight, then none."""
     qkv = torch.zeros(1024, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True, device="meta")
     bias = torch.zeros(6 * 64, dtype=torch.bfloat16, device="meta")
     boundaries, seed = (torch.zeros(n, dtype=t, device="meta")
@@ -195,10 +197,27 @@ def test_products_of_attention_do_not_wait_for_each_other(p):
     def step():
         kernels.packed_attention(qkv, bias, boundaries, 512, p, seed).sum().backward()
 
-    for launch in aot.record(step):
-        found = aot.compiled(launch, 90).instructions()
-        # a product alone is enclosed in two of WARPGROUP
-        assert found["HGMMA"] == 0 or found["WARPGROUP"] < found["HGMMA"], launch
+    found = [x for x in aot.record(step) if module(x) == "flash_attention"]
+    assert len(found) == 3
+    for launch in found:
+        code = aot.compiled(launch, 90)
+        assert code.instructions()["HGMMA"], launch
+        assert not code.serialized(), launch
+
+
+@pytest.mark.parametrize("capability", bench.CAPABILITIES)
+@pytest.mark.parametrize("width", [2048, 4096])
+def test_layer_norm_of_wide_rows(width, capability):
+    matrices = [torch.zeros(256, width, requires_grad=True, device="meta") for _ in range(2)]
+    x_bias, weight, bias = torch.zeros(3, width, device="meta")
+    seed = torch.zeros(1, dtype=torch.int64, device="meta")
+
+    def step():
+        x, residual = matrices
+        once, twice = kernels.dropout_add_layer_norm(x, x_bias, residual, weight, bias, 0.1, seed)
+        (once.sum() + twice.sum()).backward()
+
+    assert_good(dict.fromkeys(aot.record(step)), capability)
 
 
 def test_what_the_benchmark_compares_with_can_be_compiled():

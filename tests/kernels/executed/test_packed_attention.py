@@ -8,7 +8,7 @@ from masks import attention_numbers, masked_attention
 
 from fastelectra import kernels
 
-LENGTHS = (18, 0, 7, 130, 66)  # one block of 16 bit and more, whole and cut
+LENGTHS = (18, 0, 7, 130, 66, 64)  # one block of 16 bit and more, whole and cut
 BOUNDARIES, LONGEST = torch.tensor([0, *LENGTHS]).cumsum(0).int(), 140
 HEADS, SIZE = 2, 12
 
