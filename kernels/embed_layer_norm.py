@@ -3,10 +3,10 @@
 Forward reads the three rows of each token and writes y; backward reads them again with dy and
 writes the gradient of their sum. Separate operations move three times as much. The table gradients
 are then sums of its rows in fp32: of each segment in registers, of each word and position in the
-order that a stable sort of the indices gives. The same bits every time, where scattered additions
-race. A program takes 64 sorted places, whatever their indices, and sums runs of equal ones by a
-product with zeros and ones: [MASK] alone has a run of thousands of rows, some 45 µs (an estimate)
-for one program to walk through in a micro-batch of 16 384 tokens, beside 70 for all of the op.
+order that a stable sort of all their indices gives. The same bits every time, where scattered
+additions race. A program takes 64 sorted places, whatever their indices, and sums runs of equal
+ones by a product with zeros and ones: [MASK] alone has a run of thousands of rows, some 45 µs (an
+estimate) for one program to walk through in a micro-batch of 16 384 tokens.
 """
 
 import torch
@@ -105,13 +105,14 @@ def _run_sums(
 ):  # fmt: skip
     """Sums of each run of one index among N sorted places: gradients, or pieces of longer runs.
 
-    A place has row order % tokens of dz. A piece goes to row 0 of the program's own two if its run
-    began before, else to row 1.
+    dz has `tokens` rows, once or twice over. A piece goes to row 0 of the program's own two if its
+    run began before, else to row 1.
     """
     place = tl.program_id(0) * N + tl.arange(0, N)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     index = tl.load(sorted_ptr + place, place < rows, -1)
-    row = tl.load(order_ptr + place, place < rows, 0) % tokens
+    row = tl.load(order_ptr + place, place < rows, 0)
+    row = tl.where(row < tokens, row, row - tokens)
     inside = (place < rows)[:, None] & (column < H)[None, :]
     dz = tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)
     same = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(dz.dtype)
@@ -212,10 +213,8 @@ def backward(
 
 
 def _sum_rows(dz, indices, size):
-    """Gradient of a table [size, E] of which rows were taken for each row of dz, at indices [n·T].
-
-    The n for a row are T places from each other.
-    """
+    """Gradient of a table [size, E] of which rows were taken at indices [T], or [2 T] of two each,
+    T places from each other, for dz [T, E]."""
     d_table = dz.new_zeros(size, dz.shape[1])
     narrow = indices.short() if size <= 2**15 else indices  # sorted in half the passes
     ordered, order = torch.sort(narrow, stable=True)
@@ -240,13 +239,13 @@ def _(dy, tokens, segments, positions, word, segment, position, weight, *_):
 
 def _save(ctx, inputs, output):
     *saved, _, ctx.p, seed, _ = inputs
+    ctx.sizes = [len(saved[3]), len(saved[5])]
     ctx.save_for_backward(*saved, seed, *output[1:])
 
 
 def _differentiate(ctx, dy):
-    _, _, _, word, _, position, *_ = ctx.saved_tensors
     d_tables, sums = backward(dy, *ctx.saved_tensors, ctx.p)
-    d_word, d_position = d_tables.split([len(word), len(position)])
+    d_word, d_position = d_tables.split(ctx.sizes)
     return None, None, None, d_word, sums[2:], d_position, sums[0], sums[1], None, None, None
 
 

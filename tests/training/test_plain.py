@@ -1,6 +1,7 @@
 """The plain engine: gradients are those of the model's loss, whatever the networks share."""
 
 import copy
+import dataclasses
 from contextlib import contextmanager
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from launching import model_and_batches
 
 from fastelectra.config import OBJECTIVES
+from fastelectra.training import plain, portable
 from fastelectra.training.plain import PlainEngine, total_norm
 
 
@@ -82,6 +84,24 @@ def test_gradients_are_those_of_the_sum_of_the_losses(corpus, objective, sharing
         gradient = named[name].grad
         difference = (engine.places[parameter] - gradient).norm()
         assert difference <= 1e-6 * gradient.norm()
+
+
+@pytest.mark.parametrize("size", [1, plain.LEAST + 40, 10**6 + 7])
+def test_adam_has_few_pieces_that_begin_where_vectors_do(size):
+    pieces = plain._pieces(torch.arange(float(size)))
+    assert torch.equal(torch.cat(pieces), torch.arange(float(size)))
+    assert len(pieces) <= plain.PIECES
+    assert all(len(piece) >= plain.LEAST for piece in pieces[:-1])
+    assert all(len(piece) % plain.ALIGNED == 0 for piece in pieces[:-1])
+
+
+def test_a_resumed_run_goes_on_counting_updates(corpus):
+    config, model, _ = model_and_batches(corpus, 1)
+    counting = dataclasses.replace(config.optimizer, bias_correction=True)
+    config = dataclasses.replace(config, optimizer=counting)
+    engine = PlainEngine(model, config, 1, torch.float32)
+    portable.restore(engine, *portable.gather(engine), engine.optimizer.adam_step(7), {})
+    assert {state["step"].item() for state in engine.optimizer.state.values()} == {7.0}
 
 
 def test_the_norm_of_many_numbers():

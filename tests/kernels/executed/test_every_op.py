@@ -6,6 +6,7 @@ import kernel_cases
 import pytest
 import torch
 from fastelectra.kernels import language
+from torch.utils.checkpoint import checkpoint
 
 every_op = pytest.mark.parametrize("name", kernel_cases.CASES)
 
@@ -68,6 +69,18 @@ def test_two_runs_are_bitwise_equal(name):
     inputs = kernel_cases.make(name, 25, 40, torch.float32)
     once = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     twice = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+@every_op
+def test_checkpointing_gives_what_is_saved_once(name):
+    inputs = kernel_cases.make(name, 25, 40, torch.float32)
+    operation = kernel_cases.operation(name)
+
+    def again(*arguments):
+        return checkpoint(operation, *arguments, use_reentrant=False)
+
+    once, twice = (kernel_cases.with_gradients(way, inputs) for way in (operation, again))
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
