@@ -10,7 +10,7 @@ from fastelectra.training.graphs import Replay
 from fastelectra.training.optimizer import MOMENT_KEYS, PaperAdam, parameter_groups
 
 ALIGNED = 32  # numbers, from a multiple of which a parameter begins: 64 bytes or more
-PIECES, LEAST = 32, 2**13  # of a group of parameters, for Adam, and the numbers of one at least
+SMALL, PIECE = 2**20, 2**13  # a group of fewer numbers is updated in pieces of so many
 Places = dict[nn.Parameter, torch.Tensor]
 
 
@@ -178,16 +178,12 @@ def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 def _room(parameter: nn.Parameter) -> int:
     """How many numbers a parameter takes among those of its group."""
-    return _aligned(parameter.numel())
+    return -(-parameter.numel() // ALIGNED) * ALIGNED
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """A group's in parts, of each of which a GPU updates up to 65 536 numbers by one block."""
-    return tensor.split(max(LEAST, _aligned(-(-len(tensor) // PIECES))))
-
-
-def _aligned(numbers: int) -> int:
-    return -(-numbers // ALIGNED) * ALIGNED
+    """A group's for Adam, of which a GPU updates up to 65 536 numbers of a tensor by one block."""
+    return tensor.split(PIECE if len(tensor) < SMALL else len(tensor))
 
 
 def _wait(waiting: torch.cuda.Stream | None, other: torch.cuda.Stream | None) -> None:

@@ -86,12 +86,13 @@ def test_gradients_are_those_of_the_sum_of_the_losses(corpus, objective, sharing
         assert difference <= 1e-6 * gradient.norm()
 
 
-@pytest.mark.parametrize("size", [1, plain.LEAST + 40, 10**6 + 7])
-def test_adam_has_few_pieces_that_begin_where_vectors_do(size):
+@pytest.mark.parametrize(
+    ("size", "count"), [(1, 1), (3 * plain.PIECE + 1, 4), (plain.SMALL - 1, 128), (plain.SMALL, 1)]
+)
+def test_adam_has_pieces_that_begin_where_vectors_do(size, count):
     pieces = plain._pieces(torch.arange(float(size)))
     assert torch.equal(torch.cat(pieces), torch.arange(float(size)))
-    assert len(pieces) <= plain.PIECES
-    assert all(len(piece) >= plain.LEAST for piece in pieces[:-1])
+    assert len(pieces) == count
     assert all(len(piece) % plain.ALIGNED == 0 for piece in pieces[:-1])
 
 
