@@ -274,7 +274,8 @@ def provenance() -> dict:
             return ""
 
     return {
-        "command": " ".join(sys.argv), "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
+        "command": " ".join(sys.argv).replace(f"{ROOT}/", ""),
+        "time": datetime.now(timezone.utc).isoformat("T", "seconds"),
         "commit": git("rev-parse", "HEAD").strip() or os.environ.get("COMMIT"),
         "changed_files": git("status", "--porcelain", "-uno").splitlines(),
         "machine": platform.platform(), "cpu": _cpu_name(), "threads": torch.get_num_threads(),

@@ -94,8 +94,9 @@ class PlainEngine:
         """Add the gradients of a micro-batch, on the model's device, to those of the step.
 
         Returns the metrics, and whether the loss is a number; if not, some gradients are NaN. On a
-        GPU the generator's backward runs beside all that the main network does. What it leaves may
-        be used here, and freed: nothing is allocated aside from then on until it has waited.
+        GPU the generator's backward, and adding its gradients, run beside all that the main network
+        does. The loss and metrics from aside may be used here, and freed: nothing is allocated
+        aside from then on until it has waited.
         """
         here = torch.cuda.current_stream(self.aside.device) if self.aside else None
         losses = self.module.losses(batch)
@@ -117,7 +118,7 @@ class PlainEngine:
 
     def _gradients(self, loss: torch.Tensor) -> Places:
         parameters = [parameter for group in self.groups for parameter in group]
-        valid = loss.detach() * 0 + 1  # or NaN
+        valid = loss.detach() * 0 + 1  # or NaN, by two kernels
         found = torch.autograd.grad(loss, parameters, valid, allow_unused=True)
         return {p: g for p, g in zip(parameters, found, strict=True) if g is not None}
 
@@ -157,7 +158,7 @@ class PlainEngine:
     def update(self) -> torch.Tensor:
         """Clip, update, copy; returns the gradients' norm before clipping."""
         norm = total_norm(self.gradients)
-        self.optimizer.found_inf = (norm * 0).isnan().float()
+        self.optimizer.found_inf = (norm * 0).isnan().float()  # half of isfinite's kernels
         if self.clip:  # Adam divides by it, in the pass that it makes anyway
             self.optimizer.grad_scale = (norm / self.clip).clamp(min=1)
         self.optimizer.step()

@@ -37,6 +37,7 @@ def test_a_run_reports_every_contender(tmp_path):
     assert result["contenders"]["natural"]["step_seconds"].keys() >= {"forward", "backward"}
     assert result["contenders"]["ours"]["ours_is_times"]["median"] == 1
     assert result["provenance"]["versions"]["torch"]
+    assert result["provenance"]["command"].startswith("bench/throughput.py ")
     assert picture.stat().st_size > 0
 
 

@@ -189,7 +189,7 @@ def test_other_heads_and_lengths(size, longest, capability):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_products_of_attention_do_not_wait_for_each_other(p):
-    """As they may with one version of Triton and not with the next, of the same code."""
+    """By ptxas, from what the installed Triton gives it: another version's may differ."""
     qkv = torch.zeros(1024, 3, 2, 64, dtype=torch.bfloat16, requires_grad=True, device="meta")
     bias = torch.zeros(6 * 64, dtype=torch.bfloat16, device="meta")
     boundaries, seed = (torch.zeros(n, dtype=t, device="meta")
