@@ -87,9 +87,10 @@ peers=(--peers natural careful)
 throughput base 90 "${base[@]}" "${peers[@]}" --profile
 throughput small 60 "${small[@]}" "${peers[@]}" --profile
 throughput large 90 "${large[@]}" "${peers[@]}"
-part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
-throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
+throughput large-32768 30 "${large[@]}" --micro-batch 32768 --peers
 throughput small-compiled 120 "${small[@]}" --peers compiled # of which most is torch.compile's
+throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
+part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels" # row by row
 
 echo "== done in $SECONDS s; results in $out"

@@ -1,7 +1,9 @@
 """GELU(x + bias), the activation of the feed-forward layers.
 
 Forward reads x and writes y, backward reads dy and x and writes dx, with the bias gradient summed
-in registers on the way: 2 and 3 [N, F] tensors where separate operations move 4 and 6.
+in registers on the way: 2 and 3 [N, F] tensors where separate operations move 4 and 6. Both take
+the rows from the last one back: what the product before them wrote last is still in the cache.
+What nothing reads soon again leaves the cache first.
 
 The products around it stay the library's. One of our own in Triton, with GELU at its end and in
 backward its slope, was tried on an H100: it gained a few per cent of small's step, none of base's.
@@ -35,12 +37,14 @@ from .language import (
 
 @jit
 def _forward(x_ptr, bias_ptr, y_ptr, rows, F: tl.constexpr, BC: tl.constexpr, R: tl.constexpr):
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    across = tl.cdiv(F, BC)
+    place = tl.num_programs(0) - 1 - tl.program_id(0)
+    row = place // across * R + tl.arange(0, R)
+    column = place % across * BC + tl.arange(0, BC)
     at = row.to(tl.int64)[:, None] * F + column[None, :]
     inside = (row < rows)[:, None] & (column < F)[None, :]
     bias = upcast(tl.load(bias_ptr + column, column < F, 0.0))
-    x = upcast(tl.load(x_ptr + at, inside, 0.0)) + bias[None, :]
+    x = upcast(tl.load(x_ptr + at, inside, 0.0, eviction_policy="evict_first")) + bias[None, :]
     y = gelu(x, x_ptr.dtype.element_ty.primitive_bitwidth > 16)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
@@ -53,13 +57,14 @@ def _backward(
     column = tl.program_id(1) * BC + tl.arange(0, BC)
     bias = upcast(tl.load(bias_ptr + column, column < F, 0.0))
     d_bias = tl.zeros([R, BC], sums_ptr.dtype.element_ty)
-    for start in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
-        row = start + tl.arange(0, R)
+    last = (rows - 1) // R * R
+    for back in range(tl.program_id(0) * R, rows, tl.num_programs(0) * R):
+        row = last - back + tl.arange(0, R)
         at = row.to(tl.int64)[:, None] * F + column[None, :]
         inside = (row < rows)[:, None] & (column < F)[None, :]
-        x = upcast(tl.load(x_ptr + at, inside, 0.0)) + bias[None, :]
+        x = upcast(tl.load(x_ptr + at, inside, 0.0, eviction_policy="evict_first")) + bias[None, :]
         slope = gelu_slope(x, x_ptr.dtype.element_ty.primitive_bitwidth > 16)
-        dx = upcast(tl.load(dy_ptr + at, inside, 0.0)) * slope
+        dx = upcast(tl.load(dy_ptr + at, inside, 0.0, eviction_policy="evict_first")) * slope
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), inside)
         d_bias += dx
     tl.store(sums_ptr + tl.program_id(0) * F + column, tl.sum(d_bias, 0), column < F)
@@ -103,7 +108,7 @@ def forward(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         cpu.run(_forward_loop, x.shape[0], x, bias, y)
         return y
     constants, row_blocks, column_blocks = _blocks(x)
-    _forward[(row_blocks, column_blocks)](x, bias, y, x.shape[0], **constants, num_warps=4)
+    _forward[(row_blocks * column_blocks,)](x, bias, y, x.shape[0], **constants, num_warps=4)
     return y
 
 

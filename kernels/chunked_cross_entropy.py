@@ -17,7 +17,7 @@ from .cpu_matmul import operand, set_product, take_down
 from .dispatch import fused, operation, use_triton
 from .language import LEAST_SHARE, LOG2_E, NEGLIGIBLE, jit, power_of_two, tl
 
-CHUNK = {"cuda": 2048, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
+CHUNK = {"cuda": 5120, "cpu": 256}  # most rows; on the CPU their logits then fit its cache
 TOKENS = 64  # whose rows of the table's gradient a loop computes at a time
 TILE = 128  # tokens of the finer level of the cumulative distribution, on the PyTorch path
 
@@ -42,34 +42,38 @@ def _row(
     target = tl.load(products_ptr + label, label >= 0, 0.0).to(ACC)
     target = (target + tl.load(bias_ptr + label, label >= 0, 0.0).to(ACC)) * LOG2_E
 
-    top = tl.full([], -float("inf"), ACC)
-    total = tl.full([], 0.0, ACC)
-    tempered = tl.full([], 0.0, ACC)
-    for start in range(0, width, BV):
+    # one maximum and sum for each place in a block: threads wait for each other but once
+    tops = tl.full([BV], -float("inf"), ACC)
+    totals = tl.zeros([BV], ACC)
+    tempereds = tl.zeros([BV], ACC)
+    for start in tl.range(0, width, BV, num_stages=3):
         token = start + tl.arange(0, BV)
         z = _logits(products_ptr, bias_ptr, token, width, ACC)
-        above = tl.maximum(top, tl.max(z, 0))
+        above = tl.maximum(tops, z)
         shift = tl.where(above == -float("inf"), 0.0, above)
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(z - shift), 0)
+        totals = totals * tl.exp2(tops - shift) + tl.exp2(z - shift)
         if TEMPERED:
-            old = tempered * tl.exp2((top - shift) / temperature)
-            tempered = old + tl.sum(tl.exp2((z - shift) / temperature), 0)
-        top = above
+            old = tempereds * tl.exp2((tops - shift) / temperature)
+            tempereds = old + tl.exp2((z - shift) / temperature)
+        tops = above
+    top = tl.max(tops, 0)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(totals * tl.exp2(tops - shift), 0)
     lse = top + tl.log2(total)
     tl.store(loss_ptr + row, tl.where(label >= 0, (lse - target) / LOG2_E, 0.0))
     tl.store(correct_ptr + row, ((label >= 0) & (target >= top)).to(tl.float32))
 
-    goal = tl.load(uniforms_ptr + row) * (tempered if TEMPERED else total)
+    whole = tl.sum(tempereds * tl.exp2((tops - shift) / temperature), 0) if TEMPERED else total
+    goal = tl.load(uniforms_ptr + row) * whole
     before = tl.full([], 0.0, ACC)
     sample = width
-    last = 0
+    lasts = tl.zeros([BV], tl.int32)
     tl.debug_barrier()  # the label's product has been read before anything is written over it
     for start in range(0, width, BV):
         token = start + tl.arange(0, BV)
         z = _logits(products_ptr, bias_ptr, token, width, ACC)
         mass = tl.exp2((z - top) / temperature) if TEMPERED else tl.exp2(z - top)
-        # the largest mass is 1
-        last = tl.maximum(last, tl.max(tl.where(mass > 2.0**-24, token, 0), 0))
+        lasts = tl.where(mass > 2.0**-24, token, lasts)  # the largest mass is 1
         part = tl.sum(mass, 0)
         if (sample == width) & (before + part > goal):
             above = (before + tl.cumsum(mass, 0) > goal) & (mass > NEGLIGIBLE)
@@ -81,7 +85,7 @@ def _row(
             p = p.to(products_ptr.dtype.element_ty)
             tl.store(products_ptr + token, p, token < width)
     # if rounding put the goal beyond the sum: the last token of which the sum takes notice
-    tl.store(sampled_ptr + row, tl.where(sample == width, last, sample))
+    tl.store(sampled_ptr + row, tl.where(sample == width, tl.max(lasts, 0), sample))
 
 
 def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outputs):
@@ -89,7 +93,7 @@ def _rows_triton(products, bias, labels, uniforms, temperature, gradients, *outp
     width = products.shape[1]
     _row[(products.shape[0],)](
         products, bias, labels, uniforms, *outputs, temperature, width, GRADIENTS=gradients,
-        TEMPERED=temperature != 1, BV=min(4096, power_of_two(width)), num_warps=16,
+        TEMPERED=temperature != 1, BV=min(1024, power_of_two(width)), num_warps=4,
     )  # fmt: skip
 
 
