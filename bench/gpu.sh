@@ -26,9 +26,10 @@ if ! has numba; then # the same functions then run as Python: too slow to time, 
   cp "$repo/bench/stand_ins/numba.py" "$work"
   flags+=(--no-data)
 fi
-tests=("$repo/tests/kernels/executed")
-if has tokenizers; then tests+=("$repo/tests/training/test_graphs.py"); fi
-if has transformers; then tests+=("$repo/tests/tasks/test_step.py"); fi
+tests=("$repo/tests/kernels/executed") # and of the others those that skip without a GPU
+graphs=$repo/tests/training/test_graphs.py steps=$repo/tests/tasks/test_step.py
+if has tokenizers; then tests+=("$graphs::test_a_gpu_makes_the_same_updates_of_replays"); fi
+if has transformers; then tests+=("$steps::test_replays_on_a_gpu_are_the_same_steps"); fi
 for package in transformers tokenizers pytest; do
   has "$package" || echo "$package is not installed: what needs it is left out, or fails"
 done
