@@ -61,11 +61,11 @@ throughput() { # NAME SECONDS FLAG…
     "${plot[@]}" "${flags[@]}" "$@"
 }
 
-compile() { # NAME FLAG…: leave the kernels of our trainer in Triton's cache
+compile() { # NAME FLAG…: leave the kernels of ours and of its peers in the caches of compilers
   local label=compile-$1
   shift
-  part "$label" 90 "$python" "$repo/bench/throughput.py" "${flags[@]}" "$@" \
-    --rounds 1 --block 1 --warmup 2 --peers
+  part "$label" 150 "$python" "$repo/bench/throughput.py" "${flags[@]}" --peers "$@" \
+    --rounds 1 --block 1 --warmup 2
 }
 
 part nvidia-smi 20 nvidia-smi
@@ -78,7 +78,7 @@ small=(--size small --rounds 3 --block 40)
 base=(--size base --tokens-per-step 131072 --micro-batch 32768 --rounds 3 --warmup 3 --block 3)
 large=(--size large --tokens-per-step 65536 --micro-batch 16384 --rounds 3 --warmup 3 --block 2)
 # none of this is timed, and most of it is the processor's: at once
-compile small "${small[@]}" &
+compile small "${small[@]}" --peers compiled &
 compile base "${base[@]}" &
 compile large "${large[@]}" --tokens-per-step 4096 --micro-batch 4096 &
 part tests 150 "$python" -m pytest -vv --tb=short "${xdist[@]}" "${tests[@]}" &
@@ -88,11 +88,10 @@ peers=(--peers natural careful)
 throughput base 90 "${base[@]}" "${peers[@]}" --profile
 throughput small 60 "${small[@]}" "${peers[@]}" --profile
 throughput large 90 "${large[@]}" "${peers[@]}"
-throughput large-32768 30 "${large[@]}" --micro-batch 32768 --peers
-throughput small-compiled 120 "${small[@]}" --peers compiled # of which most is torch.compile's
-throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
-part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
 part kernels 150 "$python" "$repo/bench/kernels.py" --output "$out/$name-kernels" # row by row
+throughput small-compiled 60 "${small[@]}" --peers compiled
+part attention 40 "$python" "$repo/bench/attention.py" --json "$out/$name-attention.json"
+throughput base-largest 60 --size base --rounds 1 --block 5 "${peers[@]}" --largest
 
 echo "== done in $SECONDS s; results in $out"
 [[ -e $work/failed ]] || exit 0
