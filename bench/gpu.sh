@@ -61,7 +61,7 @@ throughput() { # NAME SECONDS FLAG…
     "${plot[@]}" "${flags[@]}" "$@"
 }
 
-compile() { # NAME FLAG…: leave the kernels of ours and of its peers in the caches of compilers
+compile() { # NAME FLAG…: leave the kernels of ours and of named peers in compilers' caches
   local label=compile-$1
   shift
   part "$label" 150 "$python" "$repo/bench/throughput.py" "${flags[@]}" --peers "$@" \

@@ -44,7 +44,10 @@ def test_a_run_reports_every_contender(tmp_path):
 def test_a_bare_machine_is_enough(tmp_path):
     """As gpu.sh arranges where only torch and triton are installed."""
     for name in ("deepspeed", "transformers", "matplotlib"):
-        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name='{name}')")
+        reason = f"no {name}\\nhere\\n\\nSee its site."
+        (tmp_path / f"{name}.py").write_text(
+            f"raise ModuleNotFoundError('{reason}', name='{name}')"
+        )
     file, places = tmp_path / "result.json", f"{BENCH / 'stand_ins'}:{tmp_path}"
     command = [sys.executable, BENCH / "throughput.py", *SIZES, "--rounds", "1", "--warmup", "1"]
     command += ["--no-data", "--peers", "natural", "--json", file]
@@ -55,7 +58,7 @@ def test_a_bare_machine_is_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert set(result["contenders"]) == {"ours"}
-    assert set(result["unavailable"]) == {"natural"}
+    assert result["unavailable"] == {"natural": "ModuleNotFoundError: no transformers here"}
 
 
 def test_a_mistake_is_one_line():

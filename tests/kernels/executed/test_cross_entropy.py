@@ -170,6 +170,26 @@ def test_a_hit_is_a_label_at_the_top_and_nothing_else(way):
 
 
 @either_way
+def test_a_hit_is_one_whichever_block_has_the_top(way):
+    hidden, weight = torch.ones(4, WIDTH), torch.zeros(2500, WIDTH)
+    bias = torch.linspace(4, 0, 2500)
+    labels = torch.tensor([0, 50, 2400, -1], dtype=torch.int32)
+    inputs = kernel_cases.placed(hidden, weight, bias, labels, torch.rand(4))
+    assert kernel_cases.WAYS[way](*inputs, 1.0)[2] == 1
+
+
+@either_way
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_the_last_token_with_mass_may_lie_blocks_before_the_end(way, temperature):
+    hidden, weight, bias, labels, uniforms = head(64, vocabulary=2500)
+    bias[900:] = -70
+    uniforms[:] = 1 - 2.0**-24 * torch.arange(1, 65)
+    sampled = kernel_cases.WAYS[way](hidden, weight, bias, labels, uniforms, temperature)[1]
+    exact = kernel_cases.exact_distribution(hidden, weight, bias, temperature)
+    kernel_cases.assert_inverse_of(exact, uniforms, sampled)
+
+
+@either_way
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 def test_tokens_of_negligible_mass_are_never_drawn(way, temperature):
     """Neither the first nor the last of a tile, though a sum may end below its own total."""

@@ -45,6 +45,12 @@ def test_a_program_takes_many_blocks_of_rows(name, monkeypatch):
     compare(name, kernel_cases.make(name, 300, 200, kernel_cases.EXACT))
 
 
+@pytest.mark.parametrize("rows", [16, 17, 48, 1040])  # blocks of 16, shared by 32 programs
+def test_gelu_takes_all_blocks_from_the_last(rows, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("fastelectra.kernels.bias_gelu"), "PROGRAMS", 2)
+    compare("bias_gelu", kernel_cases.make("bias_gelu", rows, 200, kernel_cases.EXACT))
+
+
 def test_column_sums_of_many_rows():
     x = torch.randn(2500, 3, 70, generator=torch.Generator().manual_seed(0))
     (x,) = kernel_cases.placed(x)
