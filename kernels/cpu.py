@@ -9,10 +9,11 @@ import fcntl
 import hashlib
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -138,22 +139,36 @@ def run(work, rows: int, *arguments) -> None:
     """
     arguments = [array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     share = max(1, -(-rows // parts()))
-    left = enumerate(range(0, rows, share))  # whose next() is one step for all threads
+    others = torch.get_num_threads() - 1
+    # whose next() is one step for all threads
+    left, tickets = enumerate(range(0, rows, share)), iter(range(others))
+    ended = SimpleQueue()
 
     def work_off():
         for part, first in left:
             work(part, first, min(rows, first + share), *arguments)
 
-    others = [_pool().submit(work_off) for _ in range(torch.get_num_threads() - 1)]
+    def help_out():
+        if next(tickets, None) is None:
+            return  # woken too late
+        error = None
+        try:
+            work_off()
+        except Exception as raised:
+            error = raised
+        ended.put(error)
+
+    for _ in range(others):
+        _helpers().put(help_out)
     try:
         work_off()
     finally:
         list(left)  # after an error no part is begun
-        begun = [other for other in others if not other.cancel()]
-        wait(begun)
-        arguments.clear()  # which those that were cancelled keep until the pool has seen them
-    for other in begun:
-        other.result()
+        begun = others - len(list(tickets))
+        errors = [ended.get() for _ in range(begun)]
+        arguments.clear()  # which those that come late keep until then
+    for error in filter(None, errors):
+        raise error
 
 
 def parts() -> int:
@@ -168,11 +183,20 @@ def seed(tensor: torch.Tensor) -> np.uint64:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), "fastelectra")
+def _helpers() -> SimpleQueue:
+    """What the other threads take functions from; an executor would take longer over each."""
+    functions = SimpleQueue()
+
+    def help_on():
+        while True:
+            functions.get()()
+
+    for _ in range(torch.get_num_threads() - 1):
+        Thread(target=help_on, name="fastelectra", daemon=True).start()
+    return functions
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not come along
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not come along
 
 
 @intrinsic
