@@ -151,12 +151,12 @@ def run(work, rows: int, *arguments) -> None:
     def help_out():
         if next(tickets, None) is None:
             return  # woken too late
-        error = None
         try:
             work_off()
-        except Exception as raised:
-            error = raised
-        ended.put(error)
+        except BaseException as error:  # else the caller would wait for ever
+            ended.put(error)
+        else:
+            ended.put(None)
 
     for _ in range(others):
         _helpers().put(help_out)

@@ -81,8 +81,9 @@ def test_either_use_of_a_layers_output_may_have_no_gradient(used):
         torch.testing.assert_close(f, p, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
 @pytest.mark.parametrize("own", [True, False])
-def test_an_error_in_any_thread_surfaces_and_ends_the_work(own):
+def test_an_error_in_any_thread_surfaces_and_ends_the_work(own, error):
     done, threads = [], torch.get_num_threads()
     caller, helped = threading.current_thread(), threading.Event()
 
@@ -93,12 +94,12 @@ def test_an_error_in_any_thread_surfaces_and_ends_the_work(own):
         helped.set()
         time.sleep(0.02)
         if here == own:
-            raise ValueError(part)
+            raise error(part)
         done.append(part)
 
     torch.set_num_threads(2)
     try:
-        with pytest.raises(ValueError, match=r"\d"):
+        with pytest.raises(error, match=r"\d"):
             cpu.run(work, 1_000)
     finally:
         torch.set_num_threads(threads)
