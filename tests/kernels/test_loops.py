@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import kernel_cases
 import masks
@@ -106,6 +107,36 @@ def test_an_error_in_any_thread_surfaces_and_ends_the_work(own, error):
     before = len(done)
     time.sleep(0.1)
     assert len(done) == before < cpu.PARTS * 2
+
+
+def test_a_call_neither_waits_for_a_busy_thread_nor_leaves_it_its_arrays():
+    threads, busy, free = torch.get_num_threads(), threading.Event(), threading.Event()
+
+    def hold(part, start, stop):
+        if threading.current_thread() is holder:
+            busy.wait(10)
+        else:
+            busy.set()
+            free.wait(10)
+
+    holder = threading.Thread(target=cpu.run, args=(hold, 8))
+    torch.set_num_threads(2)
+    cpu._helpers.cache_clear()  # of which there is then one
+    try:
+        holder.start()
+        assert busy.wait(10)
+        numbers, done = np.zeros(8), []
+        cpu.run(lambda part, start, stop, x: done.append(stop - start), 8, numbers)
+        assert holder.is_alive()
+        assert sum(done) == 8
+        gone = weakref.ref(numbers)
+        del numbers
+        assert gone() is None
+    finally:
+        free.set()
+        holder.join()
+        torch.set_num_threads(threads)
+        cpu._helpers.cache_clear()
 
 
 @pytest.mark.skipif(not cpu.HAS_BF16, reason="this CPU has no avx512_bf16: all other tests do it")
