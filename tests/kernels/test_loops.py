@@ -182,6 +182,18 @@ def test_two_runs_are_bitwise_equal(name, dtype):
     assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
+def test_many_runs_on_narrow_rows_are_bitwise_equal():
+    """Wherever their small arrays come to lie in memory."""
+    inputs = kernel_cases.make("dropout_add_layer_norm", 200, 24, torch.float32)
+    operation, before = kernel_cases.operation("dropout_add_layer_norm"), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, *others = (kernel_cases.with_gradients(operation, inputs) for _ in range(300))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
 @every_op
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(name, threads):
