@@ -12,8 +12,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
+from types import FunctionType
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ OPTIONS = {
 }
 
 try:
-    from llvmlite import ir
+    from llvmlite import binding, ir
     from numba.extending import intrinsic, overload
 
     from fastelectra.processor import FEATURES, numba
@@ -45,14 +44,19 @@ try:
     HAS_BF16 = "+avx512bf16" in FEATURES
     HAS_AMX = HAS_BF16 and "+amx-bf16" in FEATURES and _may_use_amx()
 
+    OPENMP = "GOMP_parallel"  # has a function called by threads, with its data; of GNU's and others
+    HAS_OPENMP = hasattr(ctypes.CDLL(None), OPENMP)
+    if HAS_OPENMP:
+        binding.add_symbol(OPENMP, ctypes.cast(ctypes.CDLL(None)[OPENMP], ctypes.c_void_p).value)
+
     def _cache_folder() -> str:
         """Where compiled loops are kept; empty where no folder can be made.
 
         One for each state of the sources: numba looks at the file of a function, not at those of
-        the functions it calls; nor does it know whether AMX may be used.
+        the functions it calls; nor does it know whether AMX may be used, or OpenMP.
         """
         sources = [p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))]
-        state = hashlib.sha256(b"".join([*sources, bytes([HAS_AMX])])).hexdigest()[:16]
+        state = hashlib.sha256(b"".join([*sources, bytes([HAS_AMX, HAS_OPENMP])])).hexdigest()[:16]
         try:
             root = Path(numba.config.CACHE_DIR or Path.home() / ".cache/fastelectra/loops")
             (root / state).mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ try:
     BFLOAT = _BFloat()
 
 except ImportError:  # or numba compiles nothing: the loops are then never called
-    numba = ir = BFLOAT = HAS_BF16 = HAS_AMX = None
+    numba = ir = BFLOAT = HAS_BF16 = HAS_AMX = HAS_OPENMP = None
 
     def loop(function):
         """Leave the function as it is."""
@@ -119,6 +123,7 @@ except ImportError:  # or numba compiles nothing: the loops are then never calle
 
 
 PARTS = 4  # of the rows for each thread
+PROCESS = os.getpid()
 DTYPES = (torch.float32, torch.bfloat16)
 LOG2_E = np.float32(1.4426950408889634)
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -132,49 +137,25 @@ def array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def run(work, rows: int, *arguments) -> None:
-    """work(part, start, stop, *arguments) for each part of the rows, on all of torch's threads.
+    """work(part, start, stop, *arguments), a loop, for each part of the rows, on all threads.
 
     Tensors are passed as arrays. A thread that is free takes the next part, as some wake up late.
-    An error in any thread is raised once all have ended.
+    MemoryError where a part found no memory, once all have ended.
     """
     arguments = [array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     share = max(1, -(-rows // parts()))
-    others = torch.get_num_threads() - 1
-    # whose next() is one step for all threads
-    left, tickets = enumerate(range(0, rows, share)), iter(range(others))
-    ended = SimpleQueue()
+    if _shared(work)(threads(), rows, share, *arguments):
+        raise MemoryError("a compiled loop found no memory")
 
-    def work_off():
-        for part, first in left:
-            work(part, first, min(rows, first + share), *arguments)
 
-    def help_out():
-        if next(tickets, None) is None:
-            return  # woken too late
-        try:
-            work_off()
-        except BaseException as error:  # else the caller would wait for ever
-            ended.put(error)
-        else:
-            ended.put(None)
-
-    for _ in range(others):
-        _helpers().put(help_out)
-    try:
-        work_off()
-    finally:
-        list(left)  # after an error no part is begun
-        begun = others - len(list(tickets))
-        errors = [ended.get() for _ in range(begun)]
-        arguments.clear()  # which those that come late keep until then
-    for error in filter(None, errors):
-        raise error
+def threads() -> int:
+    """How many threads share a loop: those of torch, which do not come along into a fork."""
+    return torch.get_num_threads() if HAS_OPENMP and os.getpid() == PROCESS else 1
 
 
 def parts() -> int:
     """How many parts `run` makes of the rows: several a thread."""
-    threads = torch.get_num_threads()
-    return PARTS * threads if threads > 1 else 1
+    return PARTS * threads() if threads() > 1 else 1
 
 
 def seed(tensor: torch.Tensor) -> np.uint64:
@@ -182,21 +163,90 @@ def seed(tensor: torch.Tensor) -> np.uint64:
     return np.uint64(tensor.item() & 0xFFFFFFFFFFFFFFFF)
 
 
+@intrinsic
+def _in_threads(typing, work, threads, rows, share, arguments):
+    """Have threads take parts of the rows, a share each, until none is left; how many failed.
+
+    They are OpenMP's, the same that torch's operations use: those of a pool of our own would sleep
+    when torch's work, and torch's when ours do, and to be woken takes longer than most loops. Nor
+    do they ever hold Python's lock, for which they would have to wait.
+    """
+    counts = [numba.int64] * 3  # part, start, stop
+    called = work.get_call_type(typing, (*counts, *arguments.types), {})
+
+    def generate(context, builder, signature, values):
+        _, threads, *inputs = values
+        integer, void = inputs[0].type, ir.VoidType()
+        address = ir.IntType(8).as_pointer()
+        compiled = work.dispatcher.get_compile_result(called)
+        context.active_code_library.add_linking_library(compiled.library)
+
+        kind = ir.LiteralStructType([integer] * 2 + [value.type for value in inputs])
+        shared = builder.alloca(kind)  # parts taken, parts failed, and the inputs
+
+        def field(builder, shared, number):
+            return builder.gep(shared, [ir.IntType(32)(0), ir.IntType(32)(number)])
+
+        for number, value in enumerate([integer(0), integer(0), *inputs]):
+            builder.store(value, field(builder, shared, number))
+
+        name = builder.module.get_unique_name("in_a_thread")
+        function = ir.Function(builder.module, ir.FunctionType(void, [address]), name)
+        function.linkage = "internal"
+        begin, take, do, fail, end = (
+            function.append_basic_block(name) for name in ("begin", "take", "do", "fail", "end")
+        )
+        body = ir.IRBuilder(begin)
+        own = body.bitcast(function.args[0], kind.as_pointer())
+        rows, share, packed = (body.load(field(body, own, number)) for number in (2, 3, 4))
+        body.branch(take)
+        body.position_at_end(take)
+        part = body.atomic_rmw("add", field(body, own, 0), integer(1), "monotonic")
+        start = body.mul(part, share)
+        body.cbranch(body.icmp_signed("<", start, rows), do, end)
+        body.position_at_end(do)
+        stop = body.add(start, share)
+        stop = body.select(body.icmp_signed("<", stop, rows), stop, rows)
+        unpacked = [body.extract_value(packed, i) for i in range(len(arguments.types))]
+        status, _ = context.call_conv.call_function(
+            body, context.declare_function(builder.module, compiled.fndesc),
+            called.return_type, called.args, [part, start, stop, *unpacked],
+        )  # fmt: skip
+        body.cbranch(status.is_error, fail, take)
+        body.position_at_end(fail)
+        body.atomic_rmw("add", field(body, own, 1), integer(1), "monotonic")
+        body.branch(take)
+        body.position_at_end(end)
+        body.ret_void()
+
+        data = builder.bitcast(shared, address)
+        if HAS_OPENMP:
+            number = ir.IntType(32)
+            kind = ir.FunctionType(void, [function.type, address, number, number])
+            gomp = builder.module.globals.get(OPENMP) or ir.Function(builder.module, kind, OPENMP)
+            builder.call(gomp, [function, data, builder.trunc(threads, number), number(0)])
+        else:
+            builder.call(function, [data])
+        return builder.load(field(builder, shared, 1))
+
+    return numba.int64(work, *counts, arguments), generate
+
+
+def _share_out(threads, rows, share, *arguments):
+    return _in_threads(_work, threads, rows, share, arguments)  # noqa: F821
+
+
 @cache
-def _helpers() -> SimpleQueue:
-    """What the other threads take functions from; an executor would take longer over each."""
-    functions = SimpleQueue()
+def _shared(work):
+    """`_share_out` compiled for a loop, its `_work`, as a function whose name numba's cache knows.
 
-    def help_on():
-        while True:
-            functions.get()()
-
-    for _ in range(torch.get_num_threads() - 1):
-        Thread(target=help_on, name="fastelectra", daemon=True).start()
-    return functions
-
-
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not come along
+    A closure would be compiled in every process anew: numba has no lasting name for what it holds.
+    """
+    scope = {"__name__": __name__, "_in_threads": _in_threads, "_work": work}
+    function = FunctionType(_share_out.__code__, scope)
+    module = work.py_func.__module__.rpartition(".")[2]
+    function.__qualname__ = f"{module}{work.py_func.__qualname__}_in_threads"
+    return loop(function)
 
 
 @intrinsic

@@ -71,7 +71,8 @@ def describe(device: torch.device) -> str:
         return f"kernels: Triton {triton.__version__}, interpreted on the CPU"
     if cpu.numba is None:
         return "kernels: PyTorch (numba is not installed, or compiles nothing)"
-    return "kernels: compiled loops for the CPU (the Triton kernels need a CUDA device)"
+    how = "" if cpu.HAS_OPENMP else ", in one thread, as torch brings no OpenMP"
+    return f"kernels: compiled loops for the CPU{how} (the Triton kernels need a CUDA device)"
 
 
 class Operation:

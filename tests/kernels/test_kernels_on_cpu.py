@@ -234,6 +234,8 @@ def test_backends(monkeypatch):
             kernels.set_backend("triton")
         kernels.set_backend("auto")
         assert "triton is not installed" in kernels.describe(torch.device("cuda"))
+        monkeypatch.setattr(dispatch.cpu, "HAS_OPENMP", False)
+        assert "in one thread, as torch brings no OpenMP" in kernels.describe(torch.device("cpu"))
         monkeypatch.setattr(dispatch.cpu, "numba", None)
         assert not dispatch.fused(torch.zeros(1))
         assert "numba is not installed" in kernels.describe(torch.device("cpu"))

@@ -1,11 +1,10 @@
 """The compiled loops that train on the CPU: as exact as PyTorch, same bits every time."""
 
+import ctypes
+import importlib
 import os
 import subprocess
 import sys
-import threading
-import time
-import weakref
 
 import kernel_cases
 import masks
@@ -82,61 +81,77 @@ def test_either_use_of_a_layers_output_may_have_no_gradient(used):
         torch.testing.assert_close(f, p, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("error", [ValueError, SystemExit])
-@pytest.mark.parametrize("own", [True, False])
-def test_an_error_in_any_thread_surfaces_and_ends_the_work(own, error):
-    done, threads = [], torch.get_num_threads()
-    caller, helped = threading.current_thread(), threading.Event()
-
-    def work(part, start, stop):
-        here = threading.current_thread() is caller
-        if here:
-            helped.wait(10)  # for the other thread to have begun: it may wake late
-        helped.set()
-        time.sleep(0.02)
-        if here == own:
-            raise error(part)
-        done.append(part)
-
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(error, match=r"\d"):
-            cpu.run(work, 1_000)
-    finally:
-        torch.set_num_threads(threads)
-    before = len(done)
-    time.sleep(0.1)
-    assert len(done) == before < cpu.PARTS * 2
+def _fill(part, start, stop, failing, found):
+    if part == failing:
+        raise MemoryError
+    for row in range(start, stop):
+        found[row] += part + 1
 
 
-def test_a_call_neither_waits_for_a_busy_thread_nor_leaves_it_its_arrays():
-    threads, busy, free = torch.get_num_threads(), threading.Event(), threading.Event()
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
-    def hold(part, start, stop):
-        if threading.current_thread() is holder:
-            busy.wait(10)
-        else:
-            busy.set()
-            free.wait(10)
 
-    holder = threading.Thread(target=cpu.run, args=(hold, 8))
-    torch.set_num_threads(2)
-    cpu._helpers.cache_clear()  # of which there is then one
-    try:
-        holder.start()
-        assert busy.wait(10)
-        numbers, done = np.zeros(8), []
-        cpu.run(lambda part, start, stop, x: done.append(stop - start), 8, numbers)
-        assert holder.is_alive()
-        assert sum(done) == 8
-        gone = weakref.ref(numbers)
-        del numbers
-        assert gone() is None
-    finally:
-        free.set()
-        holder.join()
-        torch.set_num_threads(threads)
-        cpu._helpers.cache_clear()
+@pytest.mark.parametrize("has_openmp", [True, False])
+@pytest.mark.parametrize("rows", [0, 1, 7, 1000])
+def test_each_row_is_done_once(threads, rows, has_openmp, monkeypatch):
+    monkeypatch.setattr(cpu, "HAS_OPENMP", has_openmp)
+    monkeypatch.setattr(cpu, "CACHE", "")
+    found = np.zeros(rows)
+    cpu.run(cpu.loop(_fill), rows, -1, found)
+    parts = cpu.PARTS * threads if threads > 1 and has_openmp else 1
+    share = max(1, -(-rows // parts))
+    assert found.tolist() == [row // share + 1 for row in range(rows)]
+
+
+def test_a_part_that_fails_surfaces_when_all_others_have_ended(threads):
+    found = np.zeros(1000)
+    with pytest.raises(MemoryError, match="found no memory"):
+        cpu.run(cpu.loop(_fill), 1000, 0, found)
+    assert np.flatnonzero(found).tolist() == list(range(-(-1000 // cpu.parts()), 1000))
+
+
+def test_loops_run_on_the_threads_of_torch(threads, monkeypatch):
+    monkeypatch.setattr(cpu, "CACHE", "")  # numba caches no function of a library
+    team = ctypes.CDLL(None).omp_get_num_threads
+    team.argtypes = []
+
+    def count(part, start, stop, found):
+        found[start:stop] = team()
+
+    found = np.zeros(100, np.int32)
+    cpu.run(cpu.loop(count), 100, found)
+    assert set(found) == {threads}
+
+
+def test_every_loop_has_a_name_of_its_own_in_the_cache():
+    modules = (importlib.import_module(f"fastelectra.kernels.{name}") for name in CASES)
+    loops = [loop for module in modules for name, loop in vars(module).items()
+             if name.endswith("_loop") and loop.py_func.__module__ == module.__name__]  # fmt: skip
+    assert len({cpu._shared(loop).py_func.__qualname__ for loop in loops}) == len(loops) > 6
+
+
+FORK = """
+import os, sys
+sys.path.append(sys.argv[1])
+import kernel_cases, torch
+torch.set_num_threads(2)
+inputs = kernel_cases.make("bias_gelu", 300, 64, torch.float32)
+operation = kernel_cases.operation("bias_gelu")
+before = operation(*inputs)
+if os.fork() == 0:
+    os._exit(not torch.equal(before, operation(*inputs)))
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not_got():
+    command = [sys.executable, "-c", FORK, os.path.dirname(__file__)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
 
 
 @pytest.mark.skipif(not cpu.HAS_BF16, reason="this CPU has no avx512_bf16: all other tests do it")
