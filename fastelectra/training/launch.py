@@ -55,10 +55,11 @@ def prepare() -> Process:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
     # Threads that spin while they wait take the cores from those that work, 10 × on a busy machine;
-    # to be woken takes up to 0.1 ms, an operation's time. So they spin, but not for a millisecond.
+    # to be woken takes up to 0.1 ms, an operation's time. So they spin, for some 30 µs: ten times
+    # that makes a step of few tokens 6% faster alone, two runs at once on the same cores 40% slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     _keep_memory()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends no run
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))

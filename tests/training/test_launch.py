@@ -15,7 +15,7 @@ NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
 @pytest.mark.parametrize(
     ("theirs", "expected"),
-    [({}, ["PASSIVE", "30000"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"])],
+    [({}, ["PASSIVE", "3000"]), ({"OMP_WAIT_POLICY": "ACTIVE"}, ["ACTIVE", "None"])],
 )
 def test_threads_spin_briefly_unless_told_how_to_wait(theirs, expected):
     code = "import os; from fastelectra.training import launch; launch.prepare();"
