@@ -56,7 +56,7 @@ def prepare() -> Process:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
     # Threads that spin while they wait take the cores from those that work, 10 × on a busy machine;
     # to be woken takes up to 0.1 ms, an operation's time. So they spin, for some 30 µs: ten times
-    # that makes a step of few tokens 6% faster alone, two runs at once on the same cores 40% slower.
+    # that makes a step of few tokens 6% faster, but two runs on the same cores 40% slower.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
