@@ -44,7 +44,7 @@ try:
     HAS_BF16 = "+avx512bf16" in FEATURES
     HAS_AMX = HAS_BF16 and "+amx-bf16" in FEATURES and _may_use_amx()
 
-    OPENMP = "GOMP_parallel"  # has a function called by threads, with its data; of GNU's and others
+    OPENMP = "GOMP_parallel"  # runs a function on each thread of a team; GNU's, Intel's and LLVM's
     HAS_OPENMP = hasattr(ctypes.CDLL(None), OPENMP)
     if HAS_OPENMP:
         binding.add_symbol(OPENMP, ctypes.cast(ctypes.CDLL(None)[OPENMP], ctypes.c_void_p).value)
@@ -140,16 +140,23 @@ def run(work, rows: int, *arguments) -> None:
     """work(part, start, stop, *arguments), a loop, for each part of the rows, on all threads.
 
     Tensors are passed as arrays. A thread that is free takes the next part, as some wake up late.
-    MemoryError where a part found no memory, once all have ended.
+    RuntimeError where a part failed, once all have ended.
     """
     arguments = [array(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     share = max(1, -(-rows // parts()))
-    if _shared(work)(threads(), rows, share, *arguments):
-        raise MemoryError("a compiled loop found no memory")
+    failed = _shared(work)(threads(), rows, share, *arguments)
+    if failed:
+        raise RuntimeError(
+            f"{work.py_func.__name__}: {failed} of {parts()} parts failed: no memory was left,"
+            " or an array has another shape than the loop takes"
+        )
 
 
 def threads() -> int:
-    """How many threads share a loop: those of torch, which do not come along into a fork."""
+    """How many threads share a loop: torch's, but one in a fork of the process that imported this.
+
+    Threads do not come along there, and OpenMP would wait for them, in torch's operations too.
+    """
     return torch.get_num_threads() if HAS_OPENMP and os.getpid() == PROCESS else 1
 
 
@@ -175,14 +182,15 @@ def _in_threads(typing, work, threads, rows, share, arguments):
     called = work.get_call_type(typing, (*counts, *arguments.types), {})
 
     def generate(context, builder, signature, values):
-        _, threads, *inputs = values
-        integer, void = inputs[0].type, ir.VoidType()
+        _, team, *inputs = values
+        integer, void = team.type, ir.VoidType()
         address = ir.IntType(8).as_pointer()
         compiled = work.dispatcher.get_compile_result(called)
         context.active_code_library.add_linking_library(compiled.library)
 
-        kind = ir.LiteralStructType([integer] * 2 + [value.type for value in inputs])
-        shared = builder.alloca(kind)  # parts taken, parts failed, and the inputs
+        fields = ir.LiteralStructType([integer] * 2 + [value.type for value in inputs])
+        # parts taken, parts failed, and the inputs: rows, share, arguments
+        shared = numba.core.cgutils.alloca_once(builder, fields)
 
         def field(builder, shared, number):
             return builder.gep(shared, [ir.IntType(32)(0), ir.IntType(32)(number)])
@@ -190,23 +198,23 @@ def _in_threads(typing, work, threads, rows, share, arguments):
         for number, value in enumerate([integer(0), integer(0), *inputs]):
             builder.store(value, field(builder, shared, number))
 
-        name = builder.module.get_unique_name("in_a_thread")
-        function = ir.Function(builder.module, ir.FunctionType(void, [address]), name)
+        unique = builder.module.get_unique_name("in_a_thread")
+        function = ir.Function(builder.module, ir.FunctionType(void, [address]), unique)
         function.linkage = "internal"
         begin, take, do, fail, end = (
             function.append_basic_block(name) for name in ("begin", "take", "do", "fail", "end")
         )
         body = ir.IRBuilder(begin)
-        own = body.bitcast(function.args[0], kind.as_pointer())
-        rows, share, packed = (body.load(field(body, own, number)) for number in (2, 3, 4))
+        own = body.bitcast(function.args[0], fields.as_pointer())
+        last, step, packed = (body.load(field(body, own, number)) for number in (2, 3, 4))
         body.branch(take)
         body.position_at_end(take)
         part = body.atomic_rmw("add", field(body, own, 0), integer(1), "monotonic")
-        start = body.mul(part, share)
-        body.cbranch(body.icmp_signed("<", start, rows), do, end)
+        start = body.mul(part, step)
+        body.cbranch(body.icmp_signed("<", start, last), do, end)
         body.position_at_end(do)
-        stop = body.add(start, share)
-        stop = body.select(body.icmp_signed("<", stop, rows), stop, rows)
+        stop = body.add(start, step)
+        stop = body.select(body.icmp_signed("<", stop, last), stop, last)
         unpacked = [body.extract_value(packed, i) for i in range(len(arguments.types))]
         status, _ = context.call_conv.call_function(
             body, context.declare_function(builder.module, compiled.fndesc),
@@ -221,10 +229,10 @@ def _in_threads(typing, work, threads, rows, share, arguments):
 
         data = builder.bitcast(shared, address)
         if HAS_OPENMP:
-            number = ir.IntType(32)
-            kind = ir.FunctionType(void, [function.type, address, number, number])
+            count = ir.IntType(32)
+            kind = ir.FunctionType(void, [function.type, address, count, count])
             gomp = builder.module.globals.get(OPENMP) or ir.Function(builder.module, kind, OPENMP)
-            builder.call(gomp, [function, data, builder.trunc(threads, number), number(0)])
+            builder.call(gomp, [function, data, builder.trunc(team, count), count(0)])
         else:
             builder.call(function, [data])
         return builder.load(field(builder, shared, 1))
@@ -238,14 +246,15 @@ def _share_out(threads, rows, share, *arguments):
 
 @cache
 def _shared(work):
-    """`_share_out` compiled for a loop, its `_work`, as a function whose name numba's cache knows.
+    """`_share_out` compiled for a loop, which it finds as its global `_work`.
 
-    A closure would be compiled in every process anew: numba has no lasting name for what it holds.
+    It is a function of its own, by whose name numba's cache knows it: a closure would be compiled
+    in every process anew. The cache looks at the sources here: loops are functions of `kernels`.
     """
     scope = {"__name__": __name__, "_in_threads": _in_threads, "_work": work}
     function = FunctionType(_share_out.__code__, scope)
     module = work.py_func.__module__.rpartition(".")[2]
-    function.__qualname__ = f"{module}{work.py_func.__qualname__}_in_threads"
+    function.__qualname__ = f"{module}.{work.py_func.__qualname__}_in_threads"
     return loop(function)
 
 
