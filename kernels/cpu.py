@@ -25,6 +25,7 @@ OPTIONS = {
     # Else a call reaches a function's own code if newly compiled, and the caller's copy of it if
     # loaded from the cache, which LLVM may have treated otherwise: sums in another order.
     "forceinline": True,
+    "no_cfunc_wrapper": True,  # one copy less of each to compile
 }
 
 try:
