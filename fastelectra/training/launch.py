@@ -54,9 +54,8 @@ def prepare() -> Process:
         threading.Thread(target=_end_with_launcher, args=(deepspeed,), daemon=True).start()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
-    # Threads that spin while they wait take the cores from those that work, 10 × on a busy machine;
-    # to be woken takes up to 0.1 ms, an operation's time. So they spin, for some 30 µs: ten times
-    # that makes a step of few tokens 6% faster, but two runs on the same cores 40% slower.
+    # On a busy machine threads that spin while they wait take the cores from those that work; to be
+    # woken takes as long as a small operation. So they spin, but for some 30 µs only.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
