@@ -78,7 +78,7 @@ class Bench:
             except Exception as error:  # a peer that cannot run does not end the comparison
                 if name == "ours":
                     raise
-                reason = " ".join(str(error).strip().partition("\n\n")[0].split()) or repr(error)
+                reason = " ".join(str(error).split())[:300] or repr(error)
                 self.unavailable[name] = f"{type(error).__name__}: {reason}"
                 process.say(f"{name} cannot run: {self.unavailable[name]}")
 
