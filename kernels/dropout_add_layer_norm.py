@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import ONE, ZERO, drop, flush, loop, narrow, widen, widened
+from .cpu import ZERO, drop, flush, loop, narrow, widen, widened
+from .cpu_layer_norm import ROWS, centre, project
 from .dispatch import fused, operation, use_triton
 from .dropout_mask import dropout, dropping, keys, make_keys, row_numbers, threshold
 from .language import (
@@ -26,8 +27,6 @@ from .language import (
     tl,
     upcast,
 )
-
-ROWS = 8  # at a time on a CPU, so that one row's sums do not wait for the other's
 
 
 @jit
@@ -123,12 +122,7 @@ def _forward_loop(part, start, stop, x, x_bias, residual, weight, bias, seed, y,
         rows = min(ROWS, stop - first)
         means, deviations = mean[first : first + rows], rstd[first : first + rows]
         _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, means)
-        for i in range(rows):
-            middle, square = means[i], ZERO
-            for j in range(size):
-                z[i, j] -= middle
-                square += z[i, j] * z[i, j]
-            deviations[i] = ONE / np.sqrt(square / np.float32(size) + eps)
+        centre(z, rows, means, deviations, eps)
         for i in range(rows):
             row, deviation = first + i, deviations[i]
             for j in range(size):
@@ -147,21 +141,15 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
         rows = min(ROWS, stop - first)
         _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, totals)
         for i in range(rows):
-            row, total, along = first + i, ZERO, ZERO
-            middle, deviation = mean[row], rstd[row]
+            row = first + i
             for j in range(size):
                 slopes[i, j] = widen(dy[row, j])
             if len(more):
                 for j in range(size):
                     slopes[i, j] += widen(more[row, j])
-            for j in range(size):
-                z[i, j] = (z[i, j] - middle) * deviation
-                total += slopes[i, j] * weight[j]
-                along += slopes[i, j] * weight[j] * z[i, j]
-            for j in range(size):
-                d_weight[j] += slopes[i, j] * z[i, j]
-                d_bias[j] += slopes[i, j]
-            totals[i], alongs[i] = total / np.float32(size), along / np.float32(size)
+        project(
+            z, slopes, rows, mean[first:], rstd[first:], weight, d_weight, d_bias, totals, alongs
+        )
         for i in range(rows):
             row, total, along, deviation = first + i, totals[i], alongs[i], rstd[first + i]
             for j in range(size):

@@ -2,31 +2,30 @@
 
 Forward reads the three rows of each token and writes y; backward reads them again with dy and
 writes the gradient of their sum. Separate operations move three times as much. The table gradients
-are then sums of its rows in fp32: of each segment in registers, of each word and position in the
-order that a stable sort of all their indices gives. The same bits every time, where scattered
-additions race. A program takes 64 sorted places, whatever their indices, and sums runs of equal
-ones by a product with zeros and ones: [MASK] alone has a run of thousands of rows, some 45 µs (an
-estimate) for one program to walk through in a micro-batch of 16 384 tokens.
+are sums of its rows in fp32: of each segment in registers, the others as `embedding_gradient` says.
+PyTorch's on a CPU adds thousands of rows of bf16 in bf16: a segment's gradient is then off by 10%.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .dispatch import operation, use_triton
-from .dropout_mask import dropout, keys, threshold
+from . import cpu
+from .cpu import ZERO, drop, flush, loop, narrow, widen, widened
+from .cpu_layer_norm import ROWS, centre, project
+from .dispatch import fused, operation, use_triton
+from .dropout_mask import dropout, dropping, keys, make_keys, row_numbers, threshold
+from .embedding_gradient import embedding_gradient
 from .language import (
     PROGRAMS,
     column_sums,
     jit,
     layer_norm,
     layer_norm_gradient,
-    power_of_two,
     row_blocks,
     tl,
     upcast,
 )
-
-RUN = 64  # sorted places of a program that sums runs
 
 
 @jit
@@ -98,59 +97,77 @@ def _backward(
     tl.store(sums_ptr + 3 * H, tl.sum(d_second, 0), column < H)
 
 
-@jit
-def _run_sums(
-    dz_ptr, sorted_ptr, order_ptr, d_table_ptr, pieces_ptr, rows, tokens,
-    H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
-    """Sums of each run of one index among N sorted places: gradients, or pieces of longer runs.
-
-    dz has `tokens` rows, once or twice over. A piece goes to row 0 of the program's own two if its
-    run began before, else to row 1.
-    """
-    place = tl.program_id(0) * N + tl.arange(0, N)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    index = tl.load(sorted_ptr + place, place < rows, -1)
-    row = tl.load(order_ptr + place, place < rows, 0)
-    row = tl.where(row < tokens, row, row - tokens)
-    inside = (place < rows)[:, None] & (column < H)[None, :]
-    dz = tl.load(dz_ptr + row[:, None] * H + column[None, :], inside, 0.0)
-    same = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(dz.dtype)
-    ACC: tl.constexpr = pieces_ptr.dtype.element_ty
-    sums = tl.dot(same, dz, input_precision="ieee", out_dtype=ACC)
-
-    before = tl.load(sorted_ptr + place - 1, (place > 0) & (place < rows), -1)
-    first = tl.program_id(0) * N
-    begun = tl.load(sorted_ptr + first - 1, first > 0, -1) == index
-    goes_on = tl.load(sorted_ptr + first + N, first + N < rows, -1) == index
-    whole = (index != before) & ~goes_on
-    at = index.to(tl.int64)[:, None] * H + column[None, :]
-    tl.store(d_table_ptr + at, sums.to(d_table_ptr.dtype.element_ty), inside & whole[:, None])
-    piece = ((place == first) & begun) | ((index != before) & goes_on)
-    at = (2 * tl.program_id(0) + tl.where(begun, 0, 1))[:, None] * H + column[None, :]
-    tl.store(pieces_ptr + at, sums, inside & piece[:, None])
+@loop
+def _add_rows(first, rows, tokens, segments, positions, word, segment, position, z, means):
+    """Sums of the three table rows of tokens from `first` on → z [rows, E], means [rows]."""
+    size = z.shape[1]
+    for i in range(rows):
+        row, total = first + i, ZERO
+        token, kind, place = tokens[row], segments[row], positions[row]
+        for j in range(size):
+            z[i, j] = widen(word[token, j]) + widen(segment[kind, j]) + widen(position[place, j])
+            total += z[i, j]
+        means[i] = total / np.float32(size)
 
 
-@jit
-def _join_pieces(
-    pieces_ptr, sorted_ptr, d_table_ptr, rows, H: tl.constexpr, BC: tl.constexpr, N: tl.constexpr
-):
-    """Gradient of the index whose run begins in a program of `_run_sums` and leaves it, if any."""
-    block = tl.program_id(0)
-    column = tl.program_id(1) * BC + tl.arange(0, BC)
-    index = tl.load(sorted_ptr + (block + 1) * N)
-    begun = tl.load(sorted_ptr + block * N - 1, block > 0, -1) == index
-    if (tl.load(sorted_ptr + (block + 1) * N - 1) == index) & (not begun):
-        total = tl.load(pieces_ptr + (2 * block + 1) * H + column, column < H, 0.0)
-        block += 1
-        while tl.load(sorted_ptr + block * N, block * N < rows, -1) == index:
-            more = block + tl.arange(0, 32)
-            mine = tl.load(sorted_ptr + more * N, more * N < rows, -1) == index
-            at = 2 * more[:, None] * H + column[None, :]
-            total += tl.sum(tl.load(pieces_ptr + at, mine[:, None] & (column < H)[None, :], 0.0), 0)
-            block += 32
-        at = index.to(tl.int64) * H + column
-        tl.store(d_table_ptr + at, total.to(d_table_ptr.dtype.element_ty), column < H)
+@loop
+def _forward_loop(part, start, stop, tokens, segments, positions, word, segment, position, weight,
+                  bias, seed, y, mean, rstd, width, threshold, scale, eps):  # fmt: skip
+    size, mask = y.shape[1], make_keys(seed, 0)
+    weight, bias = widened(weight), widened(bias)
+    z, bits = np.empty((ROWS, size), np.float32), np.empty(width, np.uint32)
+    tables = word, segment, position
+    for first in range(start, stop, ROWS):
+        rows = min(ROWS, stop - first)
+        means, deviations = mean[first : first + rows], rstd[first : first + rows]
+        _add_rows(first, rows, tokens, segments, positions, *tables, z, means)
+        centre(z, rows, means, deviations, eps)
+        for i in range(rows):
+            row, deviation = first + i, deviations[i]
+            for j in range(size):
+                z[i, j] = z[i, j] * deviation * weight[j] + bias[j]
+            if threshold:
+                row_numbers(row, mask, bits)
+                for j in range(size):
+                    z[i, j] = drop(z[i, j], bits[j], threshold, scale)
+            for j in range(size):
+                y[row, j] = narrow(z[i, j], y)
+
+
+@loop
+def _backward_loop(part, start, stop, dy, tokens, segments, positions, word, segment, position,
+                   weight, seed, mean, rstd, dz, sums, width, threshold, scale):  # fmt: skip
+    size, mask, weight = dz.shape[1], make_keys(seed, 0), widened(weight)
+    z, bits = np.empty((ROWS, size), np.float32), np.empty(width, np.uint32)
+    slopes, (means, totals, alongs) = np.empty_like(z), np.empty((3, ROWS), np.float32)
+    d_weight, d_bias, d_first, d_second = np.zeros((4, size), np.float32)
+    tables = word, segment, position
+    for first in range(start, stop, ROWS):
+        rows = min(ROWS, stop - first)
+        _add_rows(first, rows, tokens, segments, positions, *tables, z, means)
+        for i in range(rows):
+            row = first + i
+            for j in range(size):
+                slopes[i, j] = widen(dy[row, j])
+            if threshold:
+                row_numbers(row, mask, bits)
+                for j in range(size):
+                    slopes[i, j] = drop(slopes[i, j], bits[j], threshold, scale)
+        project(
+            z, slopes, rows, mean[first:], rstd[first:], weight, d_weight, d_bias, totals, alongs
+        )
+        for i in range(rows):
+            row, total, along, deviation = first + i, totals[i], alongs[i], rstd[first + i]
+            d_segment = d_second if segments[row] == 1 else d_first
+            for j in range(size):
+                slope = (slopes[i, j] * weight[j] - total - z[i, j] * along) * deviation
+                dz[row, j] = slope
+                d_segment[j] += slope
+        if first // ROWS % 8 == 7 or first + rows == stop:
+            flush(d_weight, sums[part, 0])
+            flush(d_bias, sums[part, 1])
+            flush(d_first, sums[part, 2])
+            flush(d_second, sums[part, 3])
 
 
 @operation("embed_layer_norm")
@@ -170,6 +187,14 @@ def forward(
     """→ y [T, E], mean [T], 1/deviation [T]."""
     outputs = _forward_outputs(tokens, segments, positions, word)
     constants, warps = row_blocks(word.shape[1])
+    if not use_triton(word):
+        for indices, table in ((tokens, word), (segments, segment), (positions, position)):
+            if len(indices) and not 0 <= indices.min() <= indices.max() < len(table):
+                raise IndexError(f"an index is not one of the {len(table)} rows of its table")
+        inputs = tokens, segments, positions, word, segment, position, weight, bias, cpu.seed(seed)
+        others = constants["BH"], *dropping(p), np.float32(eps)
+        cpu.run(_forward_loop, len(tokens), *inputs, *outputs, *others)
+        return outputs
     _forward[(-(-tokens.shape[0] // constants["R"]),)](
         tokens, segments, positions, word, segment, position, weight, bias, seed, *outputs,
         tokens.shape[0], THRESHOLD=threshold(p), EPS=eps, **constants, num_warps=warps,
@@ -199,35 +224,27 @@ def backward(
     p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """→ gradients of word and position as one [V + P, E]; of weight, bias and segment as [4, E]."""
-    dz = torch.empty_like(dy)
+    inputs = tokens, segments, positions, word, segment, position, weight
     constants, warps = row_blocks(word.shape[1])
-    programs = min(PROGRAMS, -(-dy.shape[0] // constants["R"]))
-    sums = mean.new_empty(programs, 4, word.shape[1])
-    _backward[(programs,)](
-        dy, tokens, segments, positions, word, segment, position, weight, seed, mean, rstd, dz,
-        sums, dy.shape[0], THRESHOLD=threshold(p), **constants, num_warps=warps,
-    )  # fmt: skip
+    dtype = torch.promote_types(segment.dtype, weight.dtype)
+    if use_triton(word):
+        dz = torch.empty_like(dy)
+        programs = min(PROGRAMS, -(-dy.shape[0] // constants["R"]))
+        sums = mean.new_empty(programs, 4, word.shape[1])
+        _backward[(programs,)](
+            dy, *inputs, seed, mean, rstd, dz, sums, dy.shape[0], THRESHOLD=threshold(p),
+            **constants, num_warps=warps,
+        )  # fmt: skip
+        sums = column_sums(sums, dtype)
+    else:
+        dz = torch.empty_like(dy, dtype=torch.float32)
+        sums = torch.zeros(cpu.parts(), 4, word.shape[1], dtype=torch.float64)
+        others = constants["BH"], *dropping(p)
+        outputs = dz, sums
+        cpu.run(_backward_loop, len(dy), dy, *inputs, cpu.seed(seed), mean, rstd, *outputs, *others)
+        sums = sums.sum(0).to(dtype)
     indices = torch.cat([tokens, positions + len(word)])  # as of one table: one sort, not two
-    d_tables = _sum_rows(dz, indices, len(word) + len(position))
-    return d_tables, column_sums(sums, torch.promote_types(segment.dtype, weight.dtype))
-
-
-def _sum_rows(dz, indices, size):
-    """Gradient of a table [size, E] of which rows were taken at indices [T], or [2 T] of two each,
-    T places from each other, for dz [T, E]."""
-    d_table = dz.new_zeros(size, dz.shape[1])
-    narrow = indices.short() if size <= 2**15 else indices  # sorted in half the passes
-    ordered, order = torch.sort(narrow, stable=True)
-    rows, width = len(indices), dz.shape[1]
-    columns = min(128 // dz.element_size(), max(16, power_of_two(width)))  # 128 bytes: a line
-    constants = {"H": width, "BC": columns, "N": RUN}
-    blocks, parts = -(-rows // RUN), -(-width // columns)
-    statistics = torch.promote_types(dz.dtype, torch.float32)
-    pieces = dz.new_empty(blocks, 2, width, dtype=statistics)
-    _run_sums[(blocks, parts)](dz, ordered, order, d_table, pieces, rows, len(dz), **constants)
-    if blocks > 1:
-        _join_pieces[(blocks - 1, parts)](pieces, ordered, d_table, rows, **constants)
-    return d_table
+    return embedding_gradient(dz, indices, len(word) + len(position), word.dtype), sums
 
 
 @backward.register_fake
@@ -273,7 +290,7 @@ def embed_layer_norm(
     """
     tables = word, segment, position, weight, bias
     arguments = tokens, segments, positions, *tables, p, seed, eps
-    if use_triton(word):
+    if fused(word):
         return forward(*arguments)[0]
     return embed_layer_norm_reference(*arguments)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fastelectra.kernels import cpu, dispatch
+from fastelectra.kernels.embedding_gradient import embedding_gradient
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastelectra import kernels
@@ -26,6 +27,7 @@ CASES = {
         "packed_attention",
         "bias_gelu",
         "dropout_add_layer_norm",
+        "embed_layer_norm",
         "chunked_cross_entropy",
     )
 }
@@ -53,7 +55,7 @@ def test_error_is_at_most_twice_that_of_pytorch(name, dtype, rows, width):
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 @hypothesis.given(rows=st.integers(0, 150), width=st.integers(1, 80))
 def test_any_shape(name, rows, width):
-    if name == "dropout_add_layer_norm":
+    if "layer_norm" in name:
         width += 3  # the deviation of few numbers may be next to 0: rounding is then everything
     inputs = kernel_cases.make(name, rows, width, torch.float32)
     loops = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
@@ -90,6 +92,31 @@ def test_without_instructions_for_bf16():
     run = subprocess.run(command, check=False, env={**os.environ, "NUMBA_CPU_NAME": "generic"},
                          capture_output=True, text=True)  # fmt: skip
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "checked"),
+    [("bias_gelu", 1), ("dropout_add_layer_norm", 3), ("embed_layer_norm", 5)],
+)
+def test_sums_over_many_rows_are_as_exact_as_over_few(name, checked):
+    """In fp32 alone a sum of a hundred thousand equal numbers is off by a thousandth."""
+    inputs = kernel_cases.make(name, 100_000, 16, torch.float32)
+    exact = [kernel_cases.convert(value, torch.float64) for value in inputs]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for function, given in ((kernel_cases.operation, inputs), (kernel_cases.reference, exact)):
+            output = function(name)(*given)
+            width = output.shape[1]
+            output.backward(torch.linspace(-1.05, 1, width, dtype=output.dtype).expand_as(output))
+    finally:
+        torch.set_num_threads(before)
+    for mine, its in zip(inputs, exact, strict=True):
+        if isinstance(mine, torch.Tensor) and mine.requires_grad and len(mine) < 100:
+            sums = its.grad.abs() > 1000  # the terms of others cancel
+            assert (mine.grad / its.grad - 1)[sums].abs().max() < 2e-6
+            checked -= 1
+    assert not checked
 
 
 @every_op
@@ -133,7 +160,10 @@ def test_any_number_of_threads(name, threads):
 def test_not_a_number_is_passed_on(name):
     inputs = kernel_cases.make(name, 40, 24, torch.bfloat16)
     with torch.no_grad():
-        inputs[0][33] = torch.nan
+        if inputs[0].is_floating_point():
+            inputs[0][33] = torch.nan
+        else:  # an index
+            inputs[3][inputs[0][33]] = torch.nan
     assert kernel_cases.operation(name)(*inputs).isnan().any()
 
 
@@ -154,18 +184,22 @@ def test_attention_passes_on_a_score_that_is_not_a_number(which, value):
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.5, 2**40 + 11), (0.9, 2**62)])
-def test_dropout_drops_what_it_drops_on_a_gpu(p, seed):
+@pytest.mark.parametrize("name", ["dropout_add_layer_norm", "embed_layer_norm"])
+def test_dropout_drops_what_it_drops_on_a_gpu(name, p, seed):
     rows, width = 37, 44
-    *inputs, _, _, eps = kernel_cases.make("dropout_add_layer_norm", rows, width, torch.float32)
+    *inputs, _, _, eps = kernel_cases.make(name, rows, width, torch.float32)
     scale = masks.mask(rows, width, 64, p, seed).float()
 
-    def expected(x, x_bias, residual, *rest):
-        x, zero = (x + x_bias) * scale, torch.zeros_like(x_bias)
-        inputs = x, zero, residual, *rest
+    def expected(*inputs):
+        if name == "embed_layer_norm":
+            return scale * kernels.embed_layer_norm_reference(*inputs, 0.0, None, eps)
+        x, x_bias, residual, *rest = inputs
+        inputs = (x + x_bias) * scale, torch.zeros_like(x_bias), residual, *rest
         return kernels.dropout_add_layer_norm_reference(*inputs, 0.0, None, eps)[0]
 
     def actual(*inputs):
-        return kernels.dropout_add_layer_norm(*inputs, p, torch.tensor([seed]), eps)[0]
+        out = CASES[name][1](*inputs, p, torch.tensor([seed]), eps)
+        return out if name == "embed_layer_norm" else out[:, :width]
 
     for a, e in zip(
         kernel_cases.with_gradients(actual, inputs),
@@ -173,6 +207,39 @@ def test_dropout_drops_what_it_drops_on_a_gpu(p, seed):
         strict=True,
     ):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [1_000, 70_000])  # sorted by 16 bits, and by more
+@pytest.mark.parametrize("lengths", [[1] * 130, [129], [10, 3_000, 200, 500, 7], []])
+def test_a_table_sums_runs_of_any_length(lengths, size, threads):
+    """Those that parts of the work begin within, too."""
+    g = torch.Generator().manual_seed(0)
+    numbers = size - 1 - 2 * torch.randperm(len(lengths), generator=g).int()
+    indices = numbers.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    indices = indices[torch.randperm(len(indices), generator=g)]
+    dz = torch.randn(len(indices), 20, generator=g)
+    both = torch.cat([indices, indices.flip(0)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        once = embedding_gradient(dz, indices, size, torch.float32)
+        twice = embedding_gradient(dz, both, size, torch.float32)
+    finally:
+        torch.set_num_threads(before)
+    expected = torch.zeros(size, 20, dtype=torch.float64).index_add_(0, indices, dz.double())
+    torch.testing.assert_close(once.double(), expected, rtol=1e-5, atol=1e-5)
+    expected.index_add_(0, indices.flip(0), dz.double())
+    torch.testing.assert_close(twice.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["token", "segment", "position"])
+@pytest.mark.parametrize("index", [-1, 40])
+def test_an_index_beyond_its_table_is_an_error(which, index):
+    inputs = kernel_cases.make("embed_layer_norm", 9, 8, torch.float32)
+    inputs[which][5] = index
+    with pytest.raises(IndexError, match="of its table"):
+        kernels.embed_layer_norm(*inputs)
 
 
 @pytest.mark.parametrize(("p", "seed"), [(0.1, 3), (0.6, 2**62 + 5)])
