@@ -336,31 +336,36 @@ def to_bf16(x):
     return np.uint16((np.uint32(0x7FC00000) if np.isnan(x) else rounded) >> np.uint32(16))
 
 
+def polynomial(*coefficients):
+    """A function of loops: of an fp32 number, by Horner's rule. The highest power's comes first."""
+
+    @intrinsic
+    def value(typing, x):
+        def generate(context, builder, signature, arguments):
+            (x,) = arguments
+            total = x.type(coefficients[0])
+            for coefficient in coefficients[1:]:
+                total = builder.fmul(total, x, flags=("contract",))
+                total = builder.fadd(total, x.type(coefficient), flags=("contract",))
+            return total
+
+        return numba.float32(numba.float32), generate
+
+    return value
+
+
+_power_of_two = polynomial(
+    1.8775767e-3, 8.9893397e-3, 5.5826318e-2, 2.4015361e-1, 6.9315308e-1, 9.9999994e-1
+)  # fmt: skip
+
+
 @loop
 def exp2(x):
     """2^x for x ≤ 0, to 2e-7; 0 below -126."""
     bounded = np.float32(-126) if x < np.float32(-126) else x
     whole = np.floor(bounded)
-    t = bounded - whole
-    p = np.float32(1.8775767e-3)
-    p = p * t + np.float32(8.9893397e-3)
-    p = p * t + np.float32(5.5826318e-2)
-    p = p * t + np.float32(2.4015361e-1)
-    p = p * t + np.float32(6.9315308e-1)
-    p = p * t + np.float32(9.9999994e-1)
     power = as_float(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
-    return ZERO if x < np.float32(-126) else p * power
-
-
-@loop
-def normal(x):
-    """Φ(x) and φ(x), as in language.normal: off by less than 7.5e-8."""
-    density = np.float32(0.3989422804014327) * exp2(x * x * (np.float32(-0.5) * LOG2_E))
-    t = ONE / (ONE + np.float32(0.2316419) * abs(x))
-    tail = np.float32(1.330274429) * t - np.float32(1.821255978)
-    tail = ((tail * t + np.float32(1.781477937)) * t - np.float32(0.356563782)) * t
-    tail = (tail + np.float32(0.319381530)) * t * density
-    return (ONE - tail if x > ZERO else tail), density
+    return ZERO if x < np.float32(-126) else _power_of_two(bounded - whole) * power
 
 
 @loop

@@ -9,7 +9,8 @@ import masks
 import numpy as np
 import pytest
 import torch
-from fastelectra.kernels import cpu, dispatch
+import torch.nn.functional as F
+from fastelectra.kernels import cpu, cpu_gelu, dispatch
 from fastelectra.kernels.embedding_gradient import embedding_gradient
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -349,9 +350,23 @@ def test_exponential_and_normal_distribution():
     assert np.abs(power / np.exp2(x.astype(np.float64)) - 1).max() < 4e-7
     assert cpu.exp2(np.float32(-127)) == cpu.exp2(np.float32(-np.inf)) == 0
     z = np.linspace(-6, 6, 1201).astype(np.float32)
-    below = np.array([cpu.normal(value)[0] for value in z])
+    below = np.array([cpu_gelu.normal(value)[0] for value in z])
     exact = torch.special.ndtr(torch.from_numpy(z).double()).numpy()
     assert np.abs(below - exact).max() < 3e-7
+
+
+def test_gelu_of_every_number_in_bf16():
+    x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)[:, None].requires_grad_()
+    y = kernels.bias_gelu(x, torch.zeros(1, dtype=torch.bfloat16))
+    slope = torch.autograd.grad(y.sum(), x)[0].double()
+    exact = x.detach().double().requires_grad_()
+    expected = F.gelu(exact)
+    of_it = torch.autograd.grad(expected.sum(), exact)[0]
+    finite = exact.isfinite()
+    for found, true, far in ((y.double(), expected, 2e-6), (slope, of_it, 3e-6)):
+        assert found[exact.isnan()].isnan().all()
+        assert ((found - true).abs() <= 2.0**-8 * true.abs() + far)[finite].all()
+    assert y[exact == torch.inf] == torch.inf
 
 
 def test_rounding_to_bf16_is_that_of_pytorch():
