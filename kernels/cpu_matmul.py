@@ -48,14 +48,21 @@ def operand(like, rows, columns):
 
 @overload(operand, jit_options=OPTIONS)
 def _(like, rows, columns):
-    if _in_pairs(like):
-        return lambda like, rows, columns: np.zeros(_room(rows, columns), np.uint32)
-    return lambda like, rows, columns: np.zeros(_room(rows, columns), np.float32)
+    kind = np.uint32 if _in_pairs(like) else np.float32
+    return lambda like, rows, columns: _lines(
+        -(-rows // 32) * 32, -(-columns // 32) * 32 + LINE // 4, kind
+    )
 
 
 @loop
-def _room(rows, columns):
-    return -(-rows // 32) * 32, -(-columns // 32) * 32 + LINE // 4
+def _lines(rows, columns, kind):
+    """Zeros [rows, columns] of 4 bytes each, that begin with a line of the cache.
+
+    A tile of which each row lies in two lines takes six times as long to load.
+    """
+    room = np.zeros(rows * columns + LINE // 4, kind)
+    start = -(room.ctypes.data // 4) % (LINE // 4)
+    return room[start : start + rows * columns].reshape(rows, columns)
 
 
 def _of_kind(numbers, pairs):
@@ -337,7 +344,7 @@ def _add_in_tiles(out, c, first, transposed, x, x_first, rows, depth, columns):
     c_step, x_step, out_step = 4 * c.shape[1], 4 * x.shape[1], 4 * out.shape[1]
     c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * c_step
     x_address = x.ctypes.data + _depth(x, x_first) * x_step
-    turned = np.empty((32, 16 * steps if transposed else 1), np.uint32)
+    turned = _lines(32, 16 * steps if transposed else 1, np.uint32)
     turned_step = 4 * turned.shape[1]
     begin_tiles()
     for i in range(0, rows, 32):
