@@ -10,6 +10,7 @@ from .bias_gelu_layer_norm import bias_gelu_layer_norm, bias_gelu_layer_norm_ref
 from .dispatch import describe, set_backend
 from .dropout_add_layer_norm import dropout_add_layer_norm, dropout_add_layer_norm_reference
 from .embed_layer_norm import embed_layer_norm, embed_layer_norm_reference
+from .linear import linear
 from .linear_cross_entropy_sample import (
     linear_cross_entropy_sample,
     linear_cross_entropy_sample_reference,
@@ -30,6 +31,7 @@ __all__ = [
     "dropout_add_layer_norm_reference",
     "embed_layer_norm",
     "embed_layer_norm_reference",
+    "linear",
     "linear_cross_entropy_sample",
     "linear_cross_entropy_sample_reference",
     "masked_gather",

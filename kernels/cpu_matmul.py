@@ -49,13 +49,13 @@ def operand(like, rows, columns):
 @overload(operand, jit_options=OPTIONS)
 def _(like, rows, columns):
     kind = np.uint32 if _in_pairs(like) else np.float32
-    return lambda like, rows, columns: _lines(
+    return lambda like, rows, columns: lines(
         -(-rows // 32) * 32, -(-columns // 32) * 32 + LINE // 4, kind
     )
 
 
 @loop
-def _lines(rows, columns, kind):
+def lines(rows, columns, kind):
     """Zeros [rows, columns] of 4 bytes each, that begin with a line of the cache.
 
     A tile of which each row lies in two lines takes six times as long to load.
@@ -89,12 +89,23 @@ def _pair(low, high):
     return np.uint32(low) | (np.uint32(high) << np.uint32(16))
 
 
-@intrinsic
-def _transpose_tile(typing, out, out_step, x, x_step):
-    """out [16, 16] = x [16, 16]ᵀ of 4 bytes each: addresses, and the bytes from row to row.
+def turn(rows, chosen):
+    """Transpose 16 vectors of 16 numbers in place; chosen(upper, lower, order) takes two apart.
 
     Four times numbers change places with those 8, then 4, 2 and 1 off the diagonal.
     """
+    for off in (8, 4, 2, 1):
+        for i in (row for row in range(SIDE) if not row & off):
+            upper, lower = rows[i], rows[i + off]
+            order = [j - off + SIDE if j & off else j for j in range(SIDE)]
+            rows[i] = chosen(upper, lower, order)
+            order = [j + SIDE if j & off else j + off for j in range(SIDE)]
+            rows[i + off] = chosen(upper, lower, order)
+
+
+@intrinsic
+def _transpose_tile(typing, out, out_step, x, x_step):
+    """out [16, 16] = x [16, 16]ᵀ of 4 bytes each: addresses, and the bytes from row to row."""
 
     def generate(context, builder, signature, arguments):
         out, out_step, x, x_step = arguments
@@ -109,13 +120,7 @@ def _transpose_tile(typing, out, out_step, x, x_step):
             return builder.shuffle_vector(upper, lower, mask)
 
         rows = [builder.load(place(x, x_step, row), align=2) for row in range(SIDE)]
-        for off in (8, 4, 2, 1):
-            for i in (row for row in range(SIDE) if not row & off):
-                upper, lower = rows[i], rows[i + off]
-                order = [j - off + SIDE if j & off else j for j in range(SIDE)]
-                rows[i] = chosen(upper, lower, order)
-                order = [j + SIDE if j & off else j + off for j in range(SIDE)]
-                rows[i + off] = chosen(upper, lower, order)
+        turn(rows, chosen)
         for i, row in enumerate(rows):
             builder.store(row, place(out, out_step, i), align=4)
         return context.get_dummy_value()
@@ -344,7 +349,7 @@ def _add_in_tiles(out, c, first, transposed, x, x_first, rows, depth, columns):
     c_step, x_step, out_step = 4 * c.shape[1], 4 * x.shape[1], 4 * out.shape[1]
     c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * c_step
     x_address = x.ctypes.data + _depth(x, x_first) * x_step
-    turned = _lines(32, 16 * steps if transposed else 1, np.uint32)
+    turned = lines(32, 16 * steps if transposed else 1, np.uint32)
     turned_step = 4 * turned.shape[1]
     begin_tiles()
     for i in range(0, rows, 32):

@@ -4,8 +4,8 @@ from .cpu import intrinsic, ir, numba
 
 # An AMX configuration: eight tiles of 16 rows of 64 bytes
 TILES = bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8])
-AMX = {"ldtilecfg": "p", "tilerelease": "", "tileloadd64": "tps", "tilestored64": "tps",
-       "tdpbf16ps": "ttt"}  # fmt: skip
+AMX = {"ldtilecfg": "p", "tilerelease": "", "tilezero": "t", "tileloadd64": "tps",
+       "tilestored64": "tps", "tdpbf16ps": "ttt"}  # fmt: skip
 
 
 def _amx(builder, name, *arguments):
@@ -40,12 +40,8 @@ def end_tiles(typing):
     return numba.void(), generate
 
 
-@intrinsic
-def add_block(typing, out, out_step, c, c_step, x, x_step, steps):
-    """out [32, 32] += c [32, 16 steps] @ x [16 steps, 32] in tiles, where c and x are pairs.
-
-    All three as addresses, and the bytes from row to row.
-    """
+def _block(typing, begin):
+    """Type and code of out [32, 32] (+)= c @ x: totals begin with an instruction's."""
 
     def generate(context, builder, signature, arguments):
         out, out_step, c, c_step, x, x_step, steps = arguments
@@ -61,9 +57,10 @@ def add_block(typing, out, out_step, c, c_step, x, x_step, steps):
             for i in range(2):
                 for j in range(2):
                     place = pointer(out, out_step, 16 * i, 64 * j)
-                    _amx(builder, name, totals[i][j], place, out_step)
+                    where = () if name == "tilezero" else (place, out_step)
+                    _amx(builder, name, totals[i][j], *where)
 
-        on_totals("tileloadd64")
+        on_totals(begin)
         before = builder.block
         body, after = (builder.append_basic_block(name) for name in ("products", "stores"))
         builder.branch(body)
@@ -86,3 +83,18 @@ def add_block(typing, out, out_step, c, c_step, x, x_step, steps):
         return context.get_dummy_value()
 
     return numba.void(*[numba.int64] * 7), generate
+
+
+@intrinsic
+def add_block(typing, out, out_step, c, c_step, x, x_step, steps):
+    """out [32, 32] += c [32, 16 steps] @ x [16 steps, 32] in tiles, where c and x are pairs.
+
+    All three as addresses, and the bytes from row to row.
+    """
+    return _block(typing, "tileloadd64")
+
+
+@intrinsic
+def set_block(typing, out, out_step, c, c_step, x, x_step, steps):
+    """`add_block` to zeros."""
+    return _block(typing, "tilezero")

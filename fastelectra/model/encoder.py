@@ -5,11 +5,10 @@ Products leave their bias to the fused kernel that follows.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastelectra.config import ModelConfig
-from fastelectra.kernels import bias_gelu, dropout_add_layer_norm, masked_gather
+from fastelectra.kernels import bias_gelu, dropout_add_layer_norm, linear, masked_gather
 from fastelectra.model.attention import Layout, attention
 from fastelectra.model.embeddings import LAYER_NORM_EPS
 
@@ -86,7 +85,7 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = model.heads, model.attention_dropout
 
     def forward(self, hidden: torch.Tensor, layout: Layout, seed: torch.Tensor) -> torch.Tensor:
-        qkv = F.linear(hidden, self.weight, self.bias.detach()).unflatten(1, (3, self.heads, -1))
+        qkv = linear(hidden, self.weight, self.bias).unflatten(1, (3, self.heads, -1))
         dropout = self.dropout if self.training else 0.0
         return attention(qkv, layout, dropout, seed, self.bias).flatten(1)
 
@@ -100,7 +99,7 @@ class Intermediate(nn.Module):
         self.bias = nn.Parameter(torch.empty(intermediate_size))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return bias_gelu(F.linear(hidden, self.weight), self.bias)
+        return bias_gelu(linear(hidden, self.weight), self.bias)
 
 
 class Output(nn.Module):
@@ -118,7 +117,7 @@ class Output(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return dropout_add_layer_norm(
-            F.linear(x, self.weight),
+            linear(x, self.weight),
             self.bias,
             residual,
             self.norm_weight,

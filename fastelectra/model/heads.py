@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fastelectra.kernels import (
     bias_gelu,
     bias_gelu_layer_norm,
+    linear,
     linear_cross_entropy_sample,
     replaced_token_loss,
 )
@@ -75,7 +76,7 @@ class TokenHead(nn.Module):
 
     def _transform(self, hidden: torch.Tensor) -> torch.Tensor:
         return bias_gelu_layer_norm(
-            F.linear(hidden, self.weight),
+            linear(hidden, self.weight),
             self.bias,
             self.norm_weight,
             self.norm_bias,
@@ -147,7 +148,7 @@ class DiscriminatorHead(nn.Module):
     ) -> Judged:
         """[T, H], originals and seen [T] int32: cross-entropy; replaced is what differs."""
         loss, histogram = replaced_token_loss(
-            F.linear(hidden, self.weight),
+            linear(hidden, self.weight),
             self.bias,
             self.output_weight.flatten(),
             self.output_bias,

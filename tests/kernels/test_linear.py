@@ -1,0 +1,120 @@
+"""Products with a weight, whose gradient is made in tiles on a CPU that has them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastelectra.kernels import cpu
+
+from fastelectra import kernels
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+in_tiles = pytest.mark.skipif(not cpu.HAS_AMX, reason="this CPU has no AMX")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def inputs(rows, outputs, width, seed=0):
+    """x, weight and the gradient of their product, in bf16."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = (rows, width), (outputs, width), (rows, outputs)
+    x, weight, dy = (torch.randn(*size, generator=g).bfloat16() for size in sizes)
+    return x.requires_grad_(), weight.requires_grad_(), dy
+
+
+def gradients(function, x, weight, dy):
+    return torch.autograd.grad(function(x, weight), (x, weight), dy)
+
+
+def is_ours(output):
+    return type(output.grad_fn).__name__ == "_LinearBackward"
+
+
+@in_tiles
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(0, 600), st.integers(1, 9), st.integers(1, 9))
+def test_weights_gradient_is_as_exact_as_rounding_allows(rows, high, wide):
+    x, weight, dy = inputs(rows, 32 * high, 32 * wide)
+    assert is_ours(kernels.linear(x, weight))
+    dx, gradient = gradients(kernels.linear, x, weight, dy)
+    exact = dy.double().t() @ x.double()
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient.double() - exact).norm() <= 2 * (exact.bfloat16() - exact).norm() + 1e-6
+    assert torch.equal(dx, gradients(F.linear, x, weight, dy)[0])
+
+
+@in_tiles
+def test_weights_gradient_has_the_same_bits_in_any_number_of_threads(threads):
+    for sizes in ((700, 96, 32), (700, 32, 160), (700, 32, 32)):
+        found = gradients(kernels.linear, *inputs(*sizes))[1]
+        torch.set_num_threads(1)
+        assert torch.equal(found, gradients(kernels.linear, *inputs(*sizes))[1])
+        torch.set_num_threads(threads)
+
+
+@in_tiles
+def test_weights_gradient_passes_on_what_is_not_a_number():
+    x, weight, dy = inputs(70, 32, 64)
+    dy[69, 3] = torch.nan
+    found = gradients(kernels.linear, x, weight, dy)[1].isnan()
+    assert found[3].all()
+    assert found.sum() == 64
+
+
+def test_bias_is_added_and_gets_no_gradient():
+    x, weight, _ = inputs(40, 64, 32)
+    bias = torch.randn(64).bfloat16().requires_grad_()
+    output = kernels.linear(x, weight, bias)
+    assert torch.equal(output, F.linear(x, weight, bias))
+    assert torch.autograd.grad(output.sum(), bias, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("sizes", [(32, 40), (40, 32)])
+def test_other_widths_are_pytorchs(sizes):
+    x, weight, dy = inputs(50, *sizes)
+    assert not is_ours(kernels.linear(x, weight))
+    ways = (gradients(function, x, weight, dy) for function in (kernels.linear, F.linear))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*ways, strict=True))
+
+
+def test_other_types_and_many_threads_are_pytorchs():
+    x, weight, _ = inputs(50, 32, 32)
+    for dtype in (torch.float32, torch.float16):
+        assert not is_ours(kernels.linear(x.to(dtype), weight.to(dtype)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        assert not is_ours(kernels.linear(x, weight))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiles_on_the_cpu():
+    ways = kernels.linear, torch.compile(kernels.linear, backend="aot_eager", fullgraph=True)
+    plain, compiled = (gradients(way, *inputs(40, 32, 64)) for way in ways)
+    assert torch.equal(plain[0], compiled[0])
+    torch.testing.assert_close(*(g[1] for g in (plain, compiled)), rtol=1e-2, atol=1e-2)
+
+
+@in_tiles
+def test_without_tiles_it_is_pytorchs():
+    code = (
+        "import torch; from fastelectra import kernels; x = torch.zeros(32, 32).bfloat16();"
+        " print(kernels.linear(x, x.clone().requires_grad_()).grad_fn)"
+    )
+    for cpu_name in ("", "generic"):
+        run = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+            env={**os.environ, "NUMBA_CPU_NAME": cpu_name},
+        )  # fmt: skip
+        assert ("_LinearBackward" in run.stdout) == (not cpu_name), run.stdout
