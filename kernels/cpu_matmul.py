@@ -27,7 +27,7 @@ from .cpu import (
     overload,
     widen,
 )
-from .cpu_tiles import add_block, begin_tiles, end_tiles
+from .cpu_tiles import add_block, begin_tiles, end_tiles, set_block
 
 TILE = 4, 32  # rows and columns of a product that stay in registers
 SIDE = 16  # of a square of numbers that is transposed in registers
@@ -323,13 +323,6 @@ def _add_tile(typing, kind, out, out_step, c, c_row, c_step, x, x_step, depth):
     return numba.void(kind, *[numba.int64] * 8), generate
 
 
-@loop
-def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
-    """`add_product` to zeros."""
-    out[:rows, :columns] = ZERO
-    add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
-
-
 def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     """out[:rows, :columns] += c[first : first + rows, :depth] @ x[x_first : x_first + depth].
 
@@ -339,32 +332,50 @@ def add_product(out, c, first, transposed, x, x_first, rows, depth, columns):
     raise TypeError("a function of compiled loops")
 
 
+def set_product(out, c, first, transposed, x, x_first, rows, depth, columns):
+    """`add_product` to zeros."""
+    raise TypeError("a function of compiled loops")
+
+
 @overload(add_product, jit_options=OPTIONS)
 def _(out, c, first, transposed, x, x_first, rows, depth, columns):
     return _add_in_tiles if HAS_AMX and _in_pairs(c) else _add_in_vectors
 
 
-def _add_in_tiles(out, c, first, transposed, x, x_first, rows, depth, columns):
-    steps = (depth + 31) // 32
-    c_step, x_step, out_step = 4 * c.shape[1], 4 * x.shape[1], 4 * out.shape[1]
-    c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * c_step
-    x_address = x.ctypes.data + _depth(x, x_first) * x_step
-    turned = lines(32, 16 * steps if transposed else 1, np.uint32)
-    turned_step = 4 * turned.shape[1]
-    begin_tiles()
-    for i in range(0, rows, 32):
-        left, left_step = c_address + i * c_step, c_step
-        if transposed:
-            left, left_step = turned.ctypes.data, turned_step
-            for k in range(0, 16 * steps, 16):
-                for row in range(0, 32, 16):
-                    place = left + row * turned_step + 4 * k
-                    block = c_address + k * c_step + 4 * (i + row)
-                    _transpose_tile(place, turned_step, block, c_step)
-        for j in range(0, columns, 32):
-            total = out.ctypes.data + i * out_step + 4 * j
-            add_block(total, out_step, left, left_step, x_address + 4 * j, x_step, steps)
-    end_tiles()
+@overload(set_product, jit_options=OPTIONS)
+def _(out, c, first, transposed, x, x_first, rows, depth, columns):
+    return _set_in_tiles if HAS_AMX and _in_pairs(c) else _set_in_vectors
+
+
+def _in_tiles(do_block):
+    """A product block by block, by the function of a block that adds to what is there, or not."""
+
+    def multiply(out, c, first, transposed, x, x_first, rows, depth, columns):
+        steps = (depth + 31) // 32
+        c_step, x_step, out_step = 4 * c.shape[1], 4 * x.shape[1], 4 * out.shape[1]
+        c_address = c.ctypes.data + (_depth(c, first) if transposed else first) * c_step
+        x_address = x.ctypes.data + _depth(x, x_first) * x_step
+        turned = lines(32, 16 * steps if transposed else 1, np.uint32)
+        turned_step = 4 * turned.shape[1]
+        begin_tiles()
+        for i in range(0, rows, 32):
+            left, left_step = c_address + i * c_step, c_step
+            if transposed:
+                left, left_step = turned.ctypes.data, turned_step
+                for k in range(0, 16 * steps, 16):
+                    for row in range(0, 32, 16):
+                        place = left + row * turned_step + 4 * k
+                        block = c_address + k * c_step + 4 * (i + row)
+                        _transpose_tile(place, turned_step, block, c_step)
+            for j in range(0, columns, 32):
+                total = out.ctypes.data + i * out_step + 4 * j
+                do_block(total, out_step, left, left_step, x_address + 4 * j, x_step, steps)
+        end_tiles()
+
+    return multiply
+
+
+_add_in_tiles, _set_in_tiles = _in_tiles(add_block), _in_tiles(set_block)
 
 
 def _add_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns):
@@ -379,6 +390,11 @@ def _add_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns)
                 c_address + i * c_row, c_row, c_step,
                 x_address + j * item, x.shape[1] * item, _depth(x, depth),
             )  # fmt: skip
+
+
+def _set_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns):
+    out[:rows, :columns] = ZERO
+    add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
 
 
 def _depth(operand, size):

@@ -10,14 +10,15 @@ numba = cpu.numba
 if numba is None:
     pytest.skip("the loops need numba", allow_module_level=True)
 
-WAYS = [("_add_in_vectors", torch.float32)]
+WAYS = [("_add_in_vectors", torch.float32), ("_set_in_vectors", torch.float32)]
 WAYS += [("_add_in_vectors", torch.bfloat16)] * bool(cpu.HAS_BF16)
-WAYS += [("_add_in_tiles", torch.bfloat16)] * bool(cpu.HAS_AMX)
+WAYS += [(f"_{way}_in_tiles", torch.bfloat16) for way in ("add", "set") if cpu.HAS_AMX]
 
 
 @pytest.mark.parametrize(("way", "dtype"), WAYS)
 def test_products_in_loops_are_exact_and_forget_what_came_before(way, dtype):
-    add = numba.njit(getattr(cpu_matmul, way), **cpu.OPTIONS)
+    multiply = numba.njit(getattr(cpu_matmul, way), **cpu.OPTIONS)
+    kept = 5 if way.startswith("_add") else 0
 
     @numba.njit(**cpu.OPTIONS)
     def product(out, c, c_turned, x, transposed, before):
@@ -34,7 +35,7 @@ def test_products_in_loops_are_exact_and_forget_what_came_before(way, dtype):
             left = operand(c, rows, more)
             take_along(left, before, rows, more)
             take_along(left, c, rows, depth)
-        add(total, left, 0, transposed, right, 0, rows, depth, columns)
+        multiply(total, left, 0, transposed, right, 0, rows, depth, columns)
         out[:] = total[:rows, :columns]
 
     random = np.random.default_rng(0)
@@ -45,4 +46,4 @@ def test_products_in_loops_are_exact_and_forget_what_came_before(way, dtype):
         before = torch.full((200, 200), torch.nan, dtype=dtype)
         for transposed in (False, True):
             product(out, *map(cpu.array, numbers), transposed, cpu.array(before))
-            assert (out == c @ x + 5).all(), (rows, depth, columns, transposed)
+            assert (out == c @ x + kept).all(), (rows, depth, columns, transposed)
