@@ -20,11 +20,12 @@ def centre(z, rows, means, rstd, eps):
 
 
 @loop
-def project(z, slopes, rows, means, rstd, weight, d_weight, d_bias, totals, alongs):
+def project(z, slopes, rows, means, rstd, weight, totals, alongs):
     """First half of the gradient of z [rows, H], from slopes = gradient of LayerNorm(z).
 
     z becomes z normalised, totals and alongs [rows] the means of slopes · weight and of that · z:
-    the gradient is (slopes · weight - total - z · along) · rstd. d_weight, d_bias [H] are added to.
+    the gradient is (slopes · weight - total - z · along) · rstd. (Sums over the rows are the
+    caller's: with its arrays in here, too, LLVM leaves the loops as they are.)
     """
     size = z.shape[1]
     for i in range(rows):
@@ -34,7 +35,4 @@ def project(z, slopes, rows, means, rstd, weight, d_weight, d_bias, totals, alon
             z[i, j] = (z[i, j] - middle) * deviation
             total += slopes[i, j] * weight[j]
             along += slopes[i, j] * weight[j] * z[i, j]
-        for j in range(size):
-            d_weight[j] += slopes[i, j] * z[i, j]
-            d_bias[j] += slopes[i, j]
         totals[i], alongs[i] = total / np.float32(size), along / np.float32(size)

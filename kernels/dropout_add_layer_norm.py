@@ -147,9 +147,11 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
             if len(more):
                 for j in range(size):
                     slopes[i, j] += widen(more[row, j])
-        project(
-            z, slopes, rows, mean[first:], rstd[first:], weight, d_weight, d_bias, totals, alongs
-        )
+        project(z, slopes, rows, mean[first:], rstd[first:], weight, totals, alongs)
+        for i in range(rows):
+            for j in range(size):
+                d_weight[j] += slopes[i, j] * z[i, j]
+                d_bias[j] += slopes[i, j]
         for i in range(rows):
             row, total, along, deviation = first + i, totals[i], alongs[i], rstd[first + i]
             for j in range(size):

@@ -153,9 +153,11 @@ def _backward_loop(part, start, stop, dy, tokens, segments, positions, word, seg
                 row_numbers(row, mask, bits)
                 for j in range(size):
                     slopes[i, j] = drop(slopes[i, j], bits[j], threshold, scale)
-        project(
-            z, slopes, rows, mean[first:], rstd[first:], weight, d_weight, d_bias, totals, alongs
-        )
+        project(z, slopes, rows, mean[first:], rstd[first:], weight, totals, alongs)
+        for i in range(rows):
+            for j in range(size):
+                d_weight[j] += slopes[i, j] * z[i, j]
+                d_bias[j] += slopes[i, j]
         for i in range(rows):
             row, total, along, deviation = first + i, totals[i], alongs[i], rstd[first + i]
             d_segment = d_second if segments[row] == 1 else d_first
