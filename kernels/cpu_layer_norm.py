@@ -25,7 +25,7 @@ def project(z, slopes, rows, means, rstd, weight, totals, alongs):
 
     z becomes z normalised, totals and alongs [rows] the means of slopes · weight and of that · z:
     the gradient is (slopes · weight - total - z · along) · rstd. (Sums over the rows are the
-    caller's: with its arrays in here, too, LLVM leaves the loops as they are.)
+    caller's: with its arrays in here, too, LLVM makes no vector code.)
     """
     size = z.shape[1]
     for i in range(rows):

@@ -19,7 +19,6 @@ from .cpu import (
     HAS_AMX,
     HAS_BF16,
     OPTIONS,
-    ZERO,
     intrinsic,
     ir,
     loop,
@@ -79,9 +78,17 @@ def _of_kind(numbers, pairs):
 
 
 @loop
+def clear(row, start, stop):
+    """Zeros in part of a row: to a slice, in one go, they take numba seconds to compile."""
+    for j in range(start, stop):
+        row[j] = 0
+
+
+@loop
 def _end_down(operand, rows, columns):
     """Zeros after [rows, columns] of an operand `down`, to a whole tile's."""
-    operand[(rows + 1) // 2 : (rows + 31) // 32 * 16, :columns] = 0
+    for i in range((rows + 1) // 2, (rows + 31) // 32 * 16):
+        clear(operand[i], 0, columns)
 
 
 @loop
@@ -227,7 +234,9 @@ def _(operand):
 @loop
 def end_along(operand, rows, columns):
     """Zeros after [rows, columns] of an operand `along`, to a whole tile's."""
-    entries(operand)[:rows, columns : (columns + 31) // 32 * 32] = 0
+    out = entries(operand)
+    for i in range(rows):
+        clear(out[i], columns, (columns + 31) // 32 * 32)
 
 
 # Fill an operand with rows of x from `first` on, and columns from `column` on; x is like the array
@@ -393,7 +402,8 @@ def _add_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns)
 
 
 def _set_in_vectors(out, c, first, transposed, x, x_first, rows, depth, columns):
-    out[:rows, :columns] = ZERO
+    for i in range(rows):
+        clear(out[i], 0, columns)
     add_product(out, c, first, transposed, x, x_first, rows, depth, columns)
 
 

@@ -2,7 +2,7 @@
 
 Forward reads the three rows of each token and writes y; backward reads them again with dy and
 writes the gradient of their sum. Separate operations move three times as much. The table gradients
-are sums of its rows in fp32: of each segment in registers, the others as `embedding_gradient` says.
+are sums of its rows in fp32: a segment's on the way, the others as `embedding_gradient` says.
 PyTorch's on a CPU adds thousands of rows of bf16 in bf16: a segment's gradient is then off by 10%.
 """
 
@@ -190,9 +190,7 @@ def forward(
     outputs = _forward_outputs(tokens, segments, positions, word)
     constants, warps = row_blocks(word.shape[1])
     if not use_triton(word):
-        for indices, table in ((tokens, word), (segments, segment), (positions, position)):
-            if len(indices) and not 0 <= indices.min() <= indices.max() < len(table):
-                raise IndexError(f"an index is not one of the {len(table)} rows of its table")
+        _check(tokens, segments, positions, word, segment, position, weight, bias)
         inputs = tokens, segments, positions, word, segment, position, weight, bias, cpu.seed(seed)
         others = constants["BH"], *dropping(p), np.float32(eps)
         cpu.run(_forward_loop, len(tokens), *inputs, *outputs, *others)
@@ -202,6 +200,18 @@ def forward(
         tokens.shape[0], THRESHOLD=threshold(p), EPS=eps, **constants, num_warps=warps,
     )  # fmt: skip
     return outputs
+
+
+def _check(tokens, segments, positions, *tables_and_vectors):
+    """Raise what PyTorch would of what loops would not notice."""
+    word = tables_and_vectors[0]
+    if not len(tokens) == len(segments) == len(positions):
+        raise ValueError("tokens, segments and positions are not of one length")
+    if any(values.shape[-1] != word.shape[1] for values in tables_and_vectors):
+        raise ValueError("the tables and LayerNorm's weight and bias are not of one width")
+    for indices, table in zip((tokens, segments, positions), tables_and_vectors, strict=False):
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(table):
+            raise IndexError(f"an index is not one of the {len(table)} rows of its table")
 
 
 def _forward_outputs(tokens, segments, positions, word, *_):

@@ -16,6 +16,7 @@ from .cpu import LOG2_E, ONE, ZERO, exp2, largest, loop, narrow
 from .cpu_matmul import (
     add_product,
     as_down,
+    clear,
     end_along,
     entries,
     fetch,
@@ -128,6 +129,15 @@ def _add_rows(x, rows, columns, column, scale, sums):
 
 
 @loop
+def _longest(boundaries):
+    """Length of the longest sequence."""
+    longest = 0
+    for i in range(1, len(boundaries)):
+        longest = max(longest, boundaries[i] - boundaries[i - 1])
+    return longest
+
+
+@loop
 def _place(item, boundaries, heads):
     """Of an item: the first row and the length of its sequence, and its head."""
     first = boundaries[item // heads]
@@ -149,7 +159,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
 
     lse [heads, T] is filled.
     """
-    heads, longest = lse.shape[0], np.max(np.diff(boundaries))
+    heads, longest = lse.shape[0], _longest(boundaries)
     width = out.shape[1]
     size = width // heads
     queries, keys = operand(qkv, longest, size), operand(qkv, size, longest)
@@ -184,7 +194,7 @@ def _forward_loop(part, start, stop, qkv, boundaries, seed, out, lse, stride, th
 @loop
 def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, sums,
                    stride, threshold, scale):  # fmt: skip
-    heads, longest = lse.shape[0], np.max(np.diff(boundaries))
+    heads, longest = lse.shape[0], _longest(boundaries)
     width = d_out.shape[1]
     size = width // heads
     queries, queries_down = operand(qkv, longest, size), operand(qkv, longest, size)
@@ -210,8 +220,9 @@ def _backward_loop(part, start, stop, d_out, qkv, boundaries, seed, lse, d_qkv, 
         take_down(d_outs_down, d_out, length, size, first, column)
         _fetch(qkv, item + 1, stop, boundaries, heads, size)
         _fetch(d_out, item + 1, stop, boundaries, heads, size)
-        d_keys[:length] = ZERO
-        d_values[:length] = ZERO
+        for i in range(length):
+            clear(d_keys[i], 0, size)
+            clear(d_values[i], 0, size)
         for o in range(0, length, ROWS):
             rows = min(ROWS, length - o)
             set_product(scores, queries, o, False, keys, 0, rows, size, length)

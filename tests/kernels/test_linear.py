@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fastelectra.kernels import cpu
 
 from fastelectra import kernels
 
+linear = import_module("fastelectra.kernels.linear")
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
 in_tiles = pytest.mark.skipif(not cpu.HAS_AMX, reason="this CPU has no AMX")
@@ -71,9 +73,41 @@ def test_weights_gradient_passes_on_what_is_not_a_number():
     assert found.sum() == 64
 
 
-def test_bias_is_added_and_gets_no_gradient():
-    x, weight, _ = inputs(40, 64, 32)
-    bias = torch.randn(64).bfloat16().requires_grad_()
+@in_tiles
+def test_rows_and_columns_of_any_layout():
+    x, weight, _ = inputs(70, 64, 96)
+    turned = torch.randn(96, 70).bfloat16().t()
+    for given in (x, turned.detach().requires_grad_(), torch.cat([x, x], 1).detach()[:, 5:101]):
+        output = kernels.linear(given, weight)
+        assert is_ours(output)
+        (found,) = torch.autograd.grad(output.sum(), weight)  # a gradient of one number
+        exact = given.detach().double().sum(0).expand(64, 96)
+        assert (found.double() - exact).norm() <= 2 * (exact.bfloat16() - exact).norm()
+
+
+@in_tiles
+def test_more_rows_than_are_taken_at_a_time():
+    x, weight, dy = inputs(40, linear.TALL + 64, 32)
+    exact = dy.double().t() @ x.double()
+    found = gradients(kernels.linear, x, weight, dy)[1]
+    assert (found.double() - exact).norm() <= 2 * (exact.bfloat16() - exact).norm()
+
+
+@in_tiles
+def test_only_gradients_that_are_wanted_are_made(monkeypatch):
+    x, weight, dy = inputs(40, 64, 32)
+    kernels.linear(x.detach(), weight).backward(dy)
+    assert weight.grad is not None
+    monkeypatch.setattr(linear, "_weight_gradient", None)
+    kernels.linear(x, weight.detach()).backward(dy)
+    assert torch.equal(x.grad, dy @ weight)
+
+
+@pytest.mark.parametrize("outputs", [64, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bias_is_added_and_gets_no_gradient(outputs, dtype):
+    x, weight = (value.detach().to(dtype).requires_grad_() for value in inputs(40, outputs, 32)[:2])
+    bias = torch.randn(outputs).to(dtype).requires_grad_()
     output = kernels.linear(x, weight, bias)
     assert torch.equal(output, F.linear(x, weight, bias))
     assert torch.autograd.grad(output.sum(), bias, allow_unused=True) == (None,)
@@ -87,14 +121,28 @@ def test_other_widths_are_pytorchs(sizes):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*ways, strict=True))
 
 
-def test_other_types_and_many_threads_are_pytorchs():
+def test_what_does_not_fit_is_pytorchs():
     x, weight, _ = inputs(50, 32, 32)
     for dtype in (torch.float32, torch.float16):
         assert not is_ours(kernels.linear(x.to(dtype), weight.to(dtype)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(5)
+    assert not is_ours(kernels.linear(x.view(5, 10, 32), weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_ours(kernels.linear(x, weight.float()))
+    kernels.set_backend("torch")
     try:
         assert not is_ours(kernels.linear(x, weight))
+    finally:
+        kernels.set_backend("auto")
+
+
+@in_tiles
+def test_many_threads_take_pytorchs():
+    x, weight, _ = inputs(50, 32, 32)
+    before = torch.get_num_threads()
+    try:
+        for count in (4, 5):
+            torch.set_num_threads(count)
+            assert is_ours(kernels.linear(x, weight)) == (count == 4)
     finally:
         torch.set_num_threads(before)
 

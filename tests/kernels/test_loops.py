@@ -211,7 +211,7 @@ def test_dropout_drops_what_it_drops_on_a_gpu(name, p, seed):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("size", [1_000, 70_000])  # sorted by 16 bits, and by more
+@pytest.mark.parametrize("size", [1_000, 2**16, 2**16 + 1])  # sorted by 16 bits, and by more
 @pytest.mark.parametrize("lengths", [[1] * 130, [129], [10, 3_000, 200, 500, 7], []])
 def test_a_table_sums_runs_of_any_length(lengths, size, threads):
     """Those that parts of the work begin within, too."""
@@ -240,6 +240,15 @@ def test_an_index_beyond_its_table_is_an_error(which, index):
     inputs = kernel_cases.make("embed_layer_norm", 9, 8, torch.float32)
     inputs[which][5] = index
     with pytest.raises(IndexError, match="of its table"):
+        kernels.embed_layer_norm(*inputs)
+
+
+@pytest.mark.parametrize("which", range(1, 8))
+def test_sizes_that_do_not_fit_are_an_error(which):
+    """Loops would read beyond the end."""
+    inputs = kernel_cases.make("embed_layer_norm", 9, 8, torch.float32)
+    inputs[which] = inputs[which][..., :5]
+    with pytest.raises(ValueError, match="not of one"):
         kernels.embed_layer_norm(*inputs)
 
 
@@ -367,6 +376,12 @@ def test_gelu_of_every_number_in_bf16():
         assert found[exact.isnan()].isnan().all()
         assert ((found - true).abs() <= 2.0**-8 * true.abs() + far)[finite].all()
     assert y[exact == torch.inf] == torch.inf
+
+
+def test_gelu_in_fp32_is_exact_far_from_zero():
+    x = torch.tensor([[-8.0], [-4.5], [8.0]])
+    y = kernels.bias_gelu(x, torch.zeros(1))[:, 0].double()
+    assert ((y - F.gelu(x.double())[:, 0]).abs() < torch.tensor([1e-10, 1e-7, 1e-6])).all()
 
 
 def test_rounding_to_bf16_is_that_of_pytorch():
