@@ -58,7 +58,9 @@ def test_a_bare_machine_is_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert set(result["contenders"]) == {"ours"}
-    assert result["unavailable"] == {"natural": "ModuleNotFoundError: no transformers here"}
+    assert result["unavailable"] == {
+        "natural": "ModuleNotFoundError: no transformers here See its site."
+    }
 
 
 def test_a_mistake_is_one_line():

@@ -209,13 +209,30 @@ def test_replace_tokens():
     assert count == 1
 
 
-def test_compiles_on_the_cpu():
-    inputs = kernel_cases.make("chunked_cross_entropy", 9, 8, torch.float32)
-    operation = kernel_cases.operation("chunked_cross_entropy")
+COMPILES = """
+import kernel_cases, torch
+from fastelectra import kernels
+
+def check(operation, inputs):
     compiled = torch.compile(operation, backend="aot_eager", fullgraph=True)
-    expected = kernel_cases.with_gradients(operation, inputs)
-    for c, e in zip(kernel_cases.with_gradients(compiled, inputs), expected, strict=True):
-        assert torch.equal(c, e)
+    ways = (kernel_cases.with_gradients(way, inputs) for way in (operation, compiled))
+    for expected, found in zip(*ways, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+for name in ("chunked_cross_entropy", "embed_layer_norm"):
+    check(kernel_cases.operation(name), kernel_cases.make(name, 9, 8, torch.float32))
+check(kernels.linear, [torch.randn(40, 32).bfloat16().requires_grad_() for _ in range(2)])
+"""
+
+
+def test_compiles_on_the_cpu():
+    """In a process of its own: in one that has run many other tests torch.compile fails once in a
+    while (std::bad_alloc, of which the cause is not known)."""
+    folder = os.path.dirname(kernel_cases.__file__)
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILES], check=False, cwd=folder, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.skipif(dispatch.cpu.numba is None, reason="the loops need numba")
