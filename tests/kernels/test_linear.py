@@ -18,14 +18,6 @@ st = hypothesis.strategies
 in_tiles = pytest.mark.skipif(not cpu.HAS_AMX, reason="this CPU has no AMX")
 
 
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def inputs(rows, outputs, width, seed=0):
     """x, weight and the gradient of their product, in bf16."""
     g = torch.Generator().manual_seed(seed)

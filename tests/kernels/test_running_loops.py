@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from fastelectra.kernels import cpu
 
 from fastelectra import kernels
@@ -21,14 +20,6 @@ def _fill(part, start, stop, failing, found):
         raise ValueError
     for row in range(start, stop):
         found[row] += part + 1
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
