@@ -57,7 +57,7 @@ def _(like, rows, columns):
 def lines(rows, columns, kind):
     """Zeros [rows, columns] of 4 bytes each, that begin with a line of the cache.
 
-    A tile of which each row lies in two lines takes six times as long to load.
+    A tile of which each row lies in two lines takes much longer to load.
     """
     room = np.zeros(rows * columns + LINE // 4, kind)
     start = -(room.ctypes.data // 4) % (LINE // 4)

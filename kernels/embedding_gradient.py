@@ -109,7 +109,7 @@ def embedding_gradient(
     d_table = dz.new_zeros(size, dz.shape[1], dtype=dtype)
     if not use_triton(dz):
         found = cpu.array(indices)
-        found = found.astype(np.uint16) if size <= 2**16 else found  # sorted ten times as fast
+        found = found.astype(np.uint16) if size <= 2**16 else found  # sorted by digits
         order = found.argsort(kind="stable")
         cpu.run(_sum_runs_loop, len(found), dz, found[order], order, d_table)
         return d_table

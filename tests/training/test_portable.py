@@ -61,8 +61,8 @@ def test_the_first_update_is_the_first_at_every_stage(process, corpus, step_batc
         # DeepSpeed rounds gradients to bf16, and their sums, of which some cancel: then rounding is
         # all that Adam sees. The plain engine sums in fp32.
         off = (updated[2][name] - weight).abs()
-        assert off.max() < 2e-3
-        assert (off > 3e-4).double().mean() < 1e-3, name
+        assert off.max() < 5e-4, name
+        assert (off > 3e-4).double().mean() < 1e-4, name
 
 
 @pytest.mark.parametrize(("stage", "other"), [(0, 2), (1, 1), (2, 3), (3, 0)])
