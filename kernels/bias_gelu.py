@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from . import cpu, cpu_gelu
 from .cpu import flush, loop, narrow, widen, widened
+from .cpu_matmul import fetch
 from .dispatch import fused, operation, use_triton
 from .language import (
     ELEMENTS,
@@ -74,6 +75,7 @@ def _backward(
 def _forward_loop(part, start, stop, x, bias, y):
     bias = widened(bias)
     for row in range(start, stop):
+        fetch(x, 1, x.shape[1], row + 1, 0)
         for j in range(x.shape[1]):
             z = widen(x[row, j]) + bias[j]
             y[row, j] = narrow(cpu_gelu.gelu(z, y), y)
@@ -83,6 +85,8 @@ def _forward_loop(part, start, stop, x, bias, y):
 def _backward_loop(part, start, stop, dy, x, bias, dx, sums):
     bias, d_bias = widened(bias), np.zeros(x.shape[1], np.float32)
     for row in range(start, stop):
+        fetch(dy, 1, x.shape[1], row + 1, 0)
+        fetch(x, 1, x.shape[1], row + 1, 0)
         for j in range(x.shape[1]):
             z = widen(x[row, j]) + bias[j]
             slope = widen(dy[row, j]) * cpu_gelu.slope(z, dx)

@@ -153,7 +153,7 @@ def _ask(typing, address):
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
         function = builder.module.globals.get(FETCH) or ir.Function(builder.module, kind, FETCH)
-        reading, second, data = (ir.IntType(32)(value) for value in (0, 2, 1))
+        reading, second, data = (ir.IntType(32)(value) for value in (0, 3, 1))
         builder.call(function, [builder.inttoptr(arguments[0], byte), reading, second, data])
         return context.get_dummy_value()
 

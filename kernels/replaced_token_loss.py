@@ -9,6 +9,7 @@ gradient of the loss in backward would move 4.)
 import torch
 import torch.nn.functional as F
 
+from .bias_gelu import bias_gelu, bias_gelu_reference
 from .dispatch import operation, use_triton
 from .language import (
     PROGRAMS,
@@ -173,13 +174,15 @@ def replaced_token_loss(
     arguments = hidden, bias, weight, output_bias, replaced, real_tokens
     if use_triton(hidden):
         return forward(*arguments)[:2]
-    return replaced_token_loss_reference(*arguments)
+    return replaced_token_loss_reference(*arguments, bias_gelu)
 
 
-def replaced_token_loss_reference(hidden, bias, weight, output_bias, replaced, real_tokens):
-    """`replaced_token_loss` in plain PyTorch."""
+def replaced_token_loss_reference(
+    hidden, bias, weight, output_bias, replaced, real_tokens, activate=bias_gelu_reference
+):
+    """`replaced_token_loss` in plain PyTorch; with `bias_gelu` it is what runs on a CPU."""
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    logits = (F.gelu(hidden + bias) @ weight + output_bias).to(statistics)
+    logits = (activate(hidden, bias) @ weight + output_bias).to(statistics)
     real = torch.arange(hidden.shape[0], device=hidden.device) < real_tokens
     loss = F.binary_cross_entropy_with_logits(logits, replaced.to(statistics), reduction="none")
     bin = ((logits.detach() + LIMIT) * (BINS / (2 * LIMIT))).floor()
