@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, cpu_gelu
-from .cpu import flush, loop, narrow, widen, widened
-from .cpu_matmul import fetch
+from .cpu import fetch, loop
+from .cpu_numbers import flush, narrow, widen, widened
 from .dispatch import fused, operation, use_triton
 from .language import (
     ELEMENTS,

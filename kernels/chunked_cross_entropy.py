@@ -11,9 +11,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import cpu
-from .cpu import HAS_BF16, INFINITY, ONE, ZERO, exp2, largest, loop, narrow, widen
-from .cpu_matmul import operand, set_product, take_down
+from . import cpu, cpu_numbers
+from .cpu import HAS_BF16, loop
+from .cpu_matmul import set_product
+from .cpu_numbers import INFINITY, ONE, ZERO, exp2, largest, narrow, widen
+from .cpu_operands import operand, take_down
 from .dispatch import fused, operation, use_triton
 from .language import LEAST_SHARE, LOG2_E, NEGLIGIBLE, jit, power_of_two, tl
 
@@ -146,15 +148,15 @@ def _rows_loop(part, start, stop, products, bias, labels, uniforms, loss, sample
     for row in range(start, stop):
         label = labels[row]
         if temperature != ONE:
-            _masses(products, bias, row, cpu.LOG2_E / temperature, masses, tiles)
+            _masses(products, bias, row, cpu_numbers.LOG2_E / temperature, masses, tiles)
             sampled[row] = _draw(masses, tiles, uniforms[row])
-        top, total = _masses(products, bias, row, cpu.LOG2_E, masses, tiles)
+        top, total = _masses(products, bias, row, cpu_numbers.LOG2_E, masses, tiles)
         if temperature == ONE:
             sampled[row] = _draw(masses, tiles, uniforms[row])
         loss[row], correct[row] = ZERO, ZERO
         if label >= 0:
-            target = (widen(products[row, label]) + widen(bias[label])) * cpu.LOG2_E
-            loss[row] = (top + np.float32(np.log2(total)) - target) / cpu.LOG2_E
+            target = (widen(products[row, label]) + widen(bias[label])) * cpu_numbers.LOG2_E
+            loss[row] = (top + np.float32(np.log2(total)) - target) / cpu_numbers.LOG2_E
             correct[row] = np.float32(target >= top)
         if gradients:
             scale = np.float32(1 / total) if label >= 0 else ZERO

@@ -7,7 +7,8 @@ the limits.
 
 import numpy as np
 
-from .cpu import LOG2_E, ONE, OPTIONS, ZERO, exp2, loop, numba, overload, polynomial
+from .cpu import OPTIONS, loop, numba, overload
+from .cpu_numbers import LOG2_E, ONE, ZERO, exp2, polynomial
 
 HALF = np.float32(0.5)
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from .cpu import ONE, ZERO, loop
+from .cpu import loop
+from .cpu_numbers import ONE, ZERO
 
 ROWS = 8  # at a time, so that one row's sums do not wait for the other's
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import ZERO, drop, flush, loop, narrow, widen, widened
+from .cpu import fetch, loop
 from .cpu_layer_norm import ROWS, centre, project
-from .cpu_matmul import fetch
+from .cpu_numbers import ZERO, drop, flush, narrow, widen, widened
 from .dispatch import fused, operation, use_triton
 from .dropout_mask import dropout, dropping, keys, make_keys, row_numbers, threshold
 from .language import (

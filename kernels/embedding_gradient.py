@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from . import cpu
-from .cpu import flush, loop, narrow
+from .cpu import loop
+from .cpu_numbers import flush, narrow
 from .dispatch import use_triton
 from .language import jit, power_of_two, tl
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from . import cpu
 from .cpu import BFLOAT, HAS_AMX, intrinsic, ir, loop, numba
-from .cpu_matmul import SIDE, lines, turn
+from .cpu_operands import SIDE, lines, turn
 from .cpu_tiles import add_block, begin_tiles, end_tiles
 from .dispatch import use_loops
 
@@ -35,7 +35,7 @@ def _rows(builder, kind, address, step):
 def _turn_block(typing, out, out_step, x, x_step):
     """out [32, 32] = x [32, 32]ᵀ of 2 bytes each: addresses, and the bytes from row to row.
 
-    Neighbours of a column are paired, and the pairs turned as in cpu_matmul.
+    Neighbours of a column are paired, and the pairs turned as in cpu_operands.
     """
 
     def generate(context, builder, signature, arguments):

@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu, flash_attention
-from .cpu import LOG2_E, ONE, ZERO, exp2, largest, loop, narrow
-from .cpu_matmul import (
-    add_product,
+from .cpu import fetch, loop
+from .cpu_matmul import add_product, set_product
+from .cpu_numbers import LOG2_E, ONE, ZERO, exp2, largest, narrow
+from .cpu_operands import (
     as_down,
     clear,
     end_along,
     entries,
-    fetch,
     operand,
-    set_product,
     take_along,
     take_down,
     take_transposed,

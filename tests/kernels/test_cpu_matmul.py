@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fastelectra.kernels import cpu, cpu_matmul
-from fastelectra.kernels.cpu_matmul import operand, take_along, take_down
+from fastelectra.kernels.cpu_operands import operand, take_along, take_down
 
 numba = cpu.numba
 if numba is None:

@@ -107,7 +107,7 @@ print("+avx512f" in FEATURES, "-prefer-256-bit" in str(codegen.magic_tuple()))
 
 
 def test_numba_may_be_kept_from_vector_instructions():
-    code = "from fastelectra.kernels.cpu import *; print(HAS_BF16, to_bf16(ONE))"
+    code = "from fastelectra.kernels.cpu_numbers import *; print(HAS_BF16, to_bf16(ONE))"
     run = subprocess.run([sys.executable, "-c", code], env={**os.environ, "NUMBA_ENABLE_AVX": "0"},
                          capture_output=True, text=True, check=False)  # fmt: skip
     assert run.stdout.split() == ["False", str(0x3F80)], run.stderr
@@ -151,8 +151,8 @@ def load_slowly(self):
     return found
 
 IndexDataCacheFile._load_index = load_slowly
-from fastelectra.kernels import cpu
-cpu.flush(np.ones(2, np.float32), np.ones(2, sys.argv[1]))
+from fastelectra.kernels import cpu_numbers
+cpu_numbers.flush(np.ones(2, np.float32), np.ones(2, sys.argv[1]))
 """
 
 
