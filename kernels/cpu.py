@@ -162,7 +162,8 @@ def threads() -> int:
 
 def parts() -> int:
     """How many parts `run` makes of the rows: several a thread."""
-    return PARTS * threads() if threads() > 1 else 1
+    count = threads()
+    return PARTS * count if count > 1 else 1
 
 
 def seed(tensor: torch.Tensor) -> np.uint64:
