@@ -72,10 +72,17 @@ def _backward(
 
 
 @loop
+def _fetch(x, row):
+    """Have a row brought to the cache ahead, unless it is wide: too much at once takes longer."""
+    if x.shape[1] * x.itemsize <= 2048:
+        fetch(x, 1, x.shape[1], row, 0)
+
+
+@loop
 def _forward_loop(part, start, stop, x, bias, y):
     bias = widened(bias)
     for row in range(start, stop):
-        fetch(x, 1, x.shape[1], row + 1, 0)
+        _fetch(x, row + 1)
         for j in range(x.shape[1]):
             z = widen(x[row, j]) + bias[j]
             y[row, j] = narrow(cpu_gelu.gelu(z, y), y)
@@ -85,8 +92,8 @@ def _forward_loop(part, start, stop, x, bias, y):
 def _backward_loop(part, start, stop, dy, x, bias, dx, sums):
     bias, d_bias = widened(bias), np.zeros(x.shape[1], np.float32)
     for row in range(start, stop):
-        fetch(dy, 1, x.shape[1], row + 1, 0)
-        fetch(x, 1, x.shape[1], row + 1, 0)
+        _fetch(dy, row + 1)
+        _fetch(x, row + 1)
         for j in range(x.shape[1]):
             z = widen(x[row, j]) + bias[j]
             slope = widen(dy[row, j]) * cpu_gelu.slope(z, dx)

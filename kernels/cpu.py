@@ -276,7 +276,7 @@ def _ask(typing, address):
 
 @loop
 def fetch(x, rows, columns, first, column):
-    """Have a part of x brought to the cache, while other work goes on. It may lie beyond the end."""
+    """Have a part of x, or what is behind it, brought to the cache while other work goes on."""
     for i in range(first, first + rows):
         start = x.ctypes.data + x.itemsize * (i * x.shape[1] + column)
         for offset in range(0, columns * x.itemsize, LINE):

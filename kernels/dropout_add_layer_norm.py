@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from . import cpu
-from .cpu import fetch, loop
+from .cpu import loop
 from .cpu_layer_norm import ROWS, centre, project
 from .cpu_numbers import ZERO, drop, flush, narrow, widen, widened
 from .dispatch import fused, operation, use_triton
@@ -98,8 +98,6 @@ def _backward(
 def _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, means):
     """Rows of dropout(x + x_bias) + residual from `first` on → z [rows, H], means [rows]."""
     size = z.shape[1]
-    fetch(x, rows, size, first + rows, 0)
-    fetch(residual, rows, size, first + rows, 0)
     for i in range(rows):
         row, total = first + i, ZERO
         if threshold:
@@ -143,8 +141,6 @@ def _backward_loop(part, start, stop, dy, more, x, x_bias, residual, weight, see
     for first in range(start, stop, ROWS):
         rows = min(ROWS, stop - first)
         _sum_rows(x, x_bias, residual, first, rows, mask, bits, threshold, scale, z, totals)
-        fetch(dy, rows, size, first + rows, 0)
-        fetch(more, min(rows, len(more)), size, first + rows, 0)
         for i in range(rows):
             row = first + i
             for j in range(size):

@@ -171,18 +171,21 @@ def replaced_token_loss(
     → loss [] fp32, summed over the real rows; histogram [2, 1024] fp32 of their logits clipped to
     [-16, 16), row 0 of original tokens, row 1 of replaced ones; bin 512 starts at logit 0.
     """
-    arguments = hidden, bias, weight, output_bias, replaced, real_tokens
     if use_triton(hidden):
-        return forward(*arguments)[:2]
-    return replaced_token_loss_reference(*arguments, bias_gelu)
+        return forward(hidden, bias, weight, output_bias, replaced, real_tokens)[:2]
+    return _loss(bias_gelu(hidden, bias), weight, output_bias, replaced, real_tokens)
 
 
-def replaced_token_loss_reference(
-    hidden, bias, weight, output_bias, replaced, real_tokens, activate=bias_gelu_reference
-):
-    """`replaced_token_loss` in plain PyTorch; with `bias_gelu` it is what runs on a CPU."""
+def replaced_token_loss_reference(hidden, bias, weight, output_bias, replaced, real_tokens):
+    """`replaced_token_loss` in plain PyTorch."""
+    hidden = bias_gelu_reference(hidden, bias)
+    return _loss(hidden, weight, output_bias, replaced, real_tokens)
+
+
+def _loss(hidden, weight, output_bias, replaced, real_tokens):
+    """What follows the GELU."""
     statistics = torch.promote_types(hidden.dtype, torch.float32)
-    logits = (activate(hidden, bias) @ weight + output_bias).to(statistics)
+    logits = (hidden @ weight + output_bias).to(statistics)
     real = torch.arange(hidden.shape[0], device=hidden.device) < real_tokens
     loss = F.binary_cross_entropy_with_logits(logits, replaced.to(statistics), reduction="none")
     bin = ((logits.detach() + LIMIT) * (BINS / (2 * LIMIT))).floor()

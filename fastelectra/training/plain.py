@@ -172,9 +172,9 @@ class PlainEngine:
 
 
 def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of flat tensors [·], in parts: on a CPU a norm in fp32 is 1% off over 10^8 numbers."""
+    """Of flat tensors [·], in parts: on a CPU a sum in fp32 may lose the last of 10^8 numbers."""
     parts = [part for tensor in tensors for part in tensor.split(2**20)]
-    if tensors[0].device.type == "cpu":  # where a product takes half of a norm's time
+    if tensors[0].is_cpu:  # in half of a norm's time, and more exactly
         return torch.stack([part.dot(part) for part in parts]).sum().sqrt()
     return torch.nn.utils.get_total_norm(parts)
 

@@ -108,6 +108,21 @@ def test_bias_is_added_and_gets_no_gradient(outputs, dtype):
         assert torch.autograd.grad(output.sum(), bias, allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize("layout", ["apart", "one number", "no dimension", "two", "a bias a row"])
+def test_a_bias_of_any_layout(layout):
+    x, weight, _ = inputs(40, 64, 32)
+    bias = {
+        "apart": torch.randn(64, 2).bfloat16()[:, 0],
+        "one number": torch.randn(1).bfloat16().expand(64),
+        "no dimension": torch.randn(()).bfloat16(),
+        "two": torch.randn(1, 64).bfloat16(),
+        "a bias a row": torch.randn(40, 64).bfloat16(),
+    }[layout]
+    output = kernels.linear(x, weight, bias)
+    assert torch.equal(output, F.linear(x, weight, bias))
+    assert not is_ours(output)
+
+
 @pytest.mark.parametrize("sizes", [(32, 40), (40, 32)])
 def test_other_widths_are_pytorchs(sizes):
     x, weight, dy = inputs(50, *sizes)
@@ -121,6 +136,8 @@ def test_what_does_not_fit_is_pytorchs():
     for dtype in (torch.float32, torch.float16):
         assert not is_ours(kernels.linear(x.to(dtype), weight.to(dtype)))
     assert not is_ours(kernels.linear(x.view(5, 10, 32), weight))
+    with pytest.raises(RuntimeError, match="dtype"):
+        kernels.linear(x, weight, torch.randn(32))
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_ours(kernels.linear(x, weight.float()))
     kernels.set_backend("torch")

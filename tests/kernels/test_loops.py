@@ -390,3 +390,17 @@ def test_rounding_to_bf16_is_that_of_pytorch():
     ours = np.array([cpu_numbers.to_bf16(value) for value in x.numpy()])
     assert (ours == cpu.array(x.bfloat16())).all()
     assert cpu_numbers.to_bf16(np.float32(np.nan)) & 0x7FFF > 0x7F80
+
+
+def test_the_discriminators_gelu_is_a_loop():
+    hidden = torch.randn(40, 24, requires_grad=True)
+    one, zeros, replaced = torch.ones(1), torch.zeros(24), torch.zeros(40, dtype=torch.int32)
+    loss, _ = kernels.replaced_token_loss(
+        hidden, zeros, zeros + 1, one, replaced, torch.tensor(40, dtype=torch.int32)
+    )
+    nodes, names = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [following for following, _ in node.next_functions if following]
+    assert "bias_geluBackward" in names
