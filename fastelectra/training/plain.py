@@ -174,7 +174,7 @@ class PlainEngine:
 def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Of flat tensors [·], in parts: on a CPU a sum in fp32 may lose the last of 10^8 numbers."""
     parts = [part for tensor in tensors for part in tensor.split(2**20)]
-    if tensors[0].is_cpu:  # in half of a norm's time, and more exactly
+    if tensors[0].is_cpu:  # more exact, and faster in several threads
         return torch.stack([part.dot(part) for part in parts]).sum().sqrt()
     return torch.nn.utils.get_total_norm(parts)
 
