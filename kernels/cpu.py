@@ -5,11 +5,7 @@ bf16 come in and go out as uint16, which numba has; LLVM turns the inner loops i
 """
 
 import ctypes
-import fcntl
-import hashlib
 import os
-import warnings
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import FunctionType
@@ -32,7 +28,7 @@ try:
     from llvmlite import binding, ir
     from numba.extending import intrinsic, overload
 
-    from fastelectra.processor import FEATURES, numba
+    from fastelectra.processor import FEATURES, cache_folder, compiled, numba
 
     if numba.config.DISABLE_JIT:
         raise ImportError
@@ -50,50 +46,12 @@ try:
     if HAS_OPENMP:
         binding.add_symbol(OPENMP, ctypes.cast(ctypes.CDLL(None)[OPENMP], ctypes.c_void_p).value)
 
-    def _cache_folder() -> str:
-        """Where compiled loops are kept; empty where no folder can be made.
-
-        One for each state of the sources: numba looks at the file of a function, not at those of
-        the functions it calls; nor does it know whether AMX may be used, or OpenMP.
-        """
-        sources = [p.read_bytes() for p in sorted(Path(__file__).parent.glob("*.py"))]
-        state = hashlib.sha256(b"".join([*sources, bytes([HAS_AMX, HAS_OPENMP])])).hexdigest()[:16]
-        try:
-            root = Path(numba.config.CACHE_DIR or Path.home() / ".cache/fastelectra/loops")
-            (root / state).mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home
-            return ""
-        return str(root / state) if os.access(root / state, os.W_OK) else ""
-
-    CACHE = _cache_folder()
+    # nor does numba know whether AMX may be used, or OpenMP
+    CACHE = cache_folder(Path(__file__).parent, bytes([HAS_AMX, HAS_OPENMP]))
 
     def loop(function):
         """Compile a loop, or a function of loops."""
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, CACHE
-        try:
-            compiled = numba.njit(cache=bool(CACHE), nogil=True, **OPTIONS)(function)
-        finally:
-            numba.config.CACHE_DIR = before
-        if CACHE:
-            compiled._cache.save_overload = _alone(compiled._cache.save_overload)
-        return compiled
-
-    def _alone(save):
-        """Save compiled code while no other process does: two at once, for other types or another
-        CPU, could leave one's code under the other's name.
-        """
-
-        def save_alone(*arguments):
-            try:
-                with open(Path(CACHE, "lock"), "w") as lock:
-                    with suppress(OSError):  # a file system without locks
-                        fcntl.flock(lock, fcntl.LOCK_EX)
-                    save(*arguments)
-            except OSError as error:
-                warnings.warn(f"{CACHE}: {error.strerror}: loops compiled now are compiled again"
-                              " at the next start", stacklevel=2)  # fmt: skip
-
-        return save_alone
+        return compiled(function, CACHE, **OPTIONS)
 
     class _BFloat(ir.Type):
         """LLVM's bf16, which llvmlite has no name for."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fastelectra.kernels import cpu
 
-from fastelectra import kernels
+from fastelectra import kernels, processor
 
 if cpu.numba is None:
     pytest.skip("the loops need numba", allow_module_level=True)
@@ -165,14 +165,13 @@ def test_two_processes_at_once_keep_the_code_of_both(tmp_path):
     assert len(list(tmp_path.glob("**/*flush*.nbc"))) == 2
 
 
-def test_a_cache_that_cannot_be_written_costs_its_time_only(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "CACHE", str(tmp_path / "gone"))
+def test_a_cache_that_cannot_be_written_costs_its_time_only(tmp_path):
+    gone = str(tmp_path / "gone")
     with pytest.warns(UserWarning, match="gone: No such file or directory: loops"):
-        cpu._alone(lambda *_: pytest.fail("saved without a lock"))()
-    monkeypatch.setattr(cpu, "CACHE", str(tmp_path))
+        processor._alone(lambda *_: pytest.fail("saved without a lock"), gone)()
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with pytest.warns(UserWarning, match="No space left on device"):
-        cpu._alone(full)()
+        processor._alone(full, str(tmp_path))()
