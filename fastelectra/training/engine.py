@@ -91,6 +91,11 @@ def plan_engine(config: Config, process: Process) -> Plan:
     if not any(key in user for key in PRECISIONS) and precision == "bf16":
         section["bf16"] = {"enabled": True}
     stage = parsed.zero_optimization_stage if "stage" in zero else int(precision != "fp32")
+    if precision == "fp16" and stage == 0:
+        raise FastElectraError(
+            "deepspeed.fp16 needs deepspeed.zero_optimization.stage 1, 2 or 3: at stage 0 DeepSpeed"
+            " does not scale the loss"
+        )
     if precision == "bf16" and stage > 0:  # a sum of many micro-batches in bf16 would lose bits
         section["data_types"] = {"grad_accum_dtype": "fp32", **user.get("data_types", {})}
     graphs = config.training.cuda_graphs and device.type == "cuda" and stage < 3

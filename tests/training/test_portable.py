@@ -65,7 +65,7 @@ def test_the_first_update_is_the_first_at_every_stage(process, corpus, step_batc
         assert (off > 3e-4).double().mean() < 1e-4, name
 
 
-@pytest.mark.parametrize(("stage", "other"), [(0, 2), (1, 1), (2, 3), (3, 0)])
+@pytest.mark.parametrize(("stage", "other"), [(1, 2), (2, 3), (3, 1)])
 def test_the_loss_scale_of_fp16_goes_on(process, corpus, step_batches, monkeypatch, stage, other):
     """CPUs can train in fp16, though so slowly that nobody is let."""
     monkeypatch.setattr(engine, "_precision", lambda *_: ("fp16", "for this test"))
