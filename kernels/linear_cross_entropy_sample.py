@@ -1,7 +1,7 @@
 """The generator's vocabulary projection, its cross-entropy, and one exact sample a row.
 
 Two ways: `flash_cross_entropy` never holds logits in memory and pays with a recomputation;
-`chunked_cross_entropy`, for wide embeddings and for fp32, holds those of a chunk of rows.
+`chunked_cross_entropy`, for wide embeddings, fp32 and older GPUs, holds those of a chunk of rows.
 """
 
 import torch
@@ -31,12 +31,18 @@ def linear_cross_entropy_sample(
     """
     inputs = hidden, weight, bias, labels, uniforms, float(temperature)
     narrow = hidden.shape[1] <= FLASH_WIDTH and hidden.element_size() == 2  # tensor cores' types
-    if use_triton(hidden) and narrow:
+    if use_triton(hidden) and narrow and _has_room(hidden.device):
         loss, sampled, correct, _ = flash_cross_entropy.forward(*inputs)
     else:
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, weight, bias))
         loss, sampled, correct, *_ = chunked_cross_entropy.forward(*inputs, wanted)
     return loss, sampled, correct
+
+
+@torch.compiler.assume_constant_result
+def _has_room(device: torch.device) -> bool:
+    """Whether an SM holds two tiles of the flash way, 128 KB, as it does from Ampere on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def linear_cross_entropy_sample_reference(hidden, weight, bias, labels, uniforms, temperature=1.0):

@@ -99,6 +99,7 @@ def choose(
     return "torch flash"  # not varlen_attn: it may be cuDNN's, which need not know empty sequences
 
 
+@torch.compiler.assume_constant_result
 def installed() -> frozenset[str]:
     """The optional packages that are there. Both live in `flash_attn`; 2 has a compiled part."""
     packages = set()
