@@ -14,9 +14,11 @@ def run(main, argv=None) -> int:
     Returns the exit code: 0 success, 2 an error the user can mend, 130 interrupted, 141 where what
     reads the output has gone, as `head` does.
     """
+    if sys.stdout:  # may be closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends nothing
     try:
         code = main(argv) or 0
-        if sys.stdout:  # may be closed
+        if sys.stdout:
             sys.stdout.flush()
         return code
     except FastElectraError as error:

@@ -54,6 +54,16 @@ def test_an_error_is_one_line_whatever_a_file_has_for_names(capsys):
     assert capsys.readouterr().err == "error: of\\n\\x1b[2J\\ud800 ‘näme’\n"
 
 
+def test_a_terminal_of_few_characters_ends_nothing():
+    config = Path(__file__).parents[1] / "configs/demo.json"
+    done = subprocess.run(
+        [COMMAND, "flops", "--config", str(config)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "\\u2019" in done.stdout
+
+
 def test_a_reader_that_has_gone_is_no_error(tmp_path):
     config = Path(__file__).parents[1] / "configs/demo.json"
     reader, writer = os.pipe()

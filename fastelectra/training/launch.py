@@ -53,14 +53,14 @@ def prepare() -> Process:
     if deepspeed or "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with_launcher, args=(deepspeed,), daemon=True).start()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // local_world)))
+    threads = max(1, len(os.sched_getaffinity(0)) // local_world)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # On a busy machine threads that spin while they wait take the cores from those that work; to be
     # woken takes as long as a small operation. So they spin, but for some 30 µs only.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     _keep_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends no run
     return Process(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
@@ -110,12 +110,6 @@ def _keep_memory() -> None:
         return
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _end_with_launcher(deepspeed: bool) -> None:
     """Leave no orphans: save and end, as on SIGTERM, when what launched this process has gone.
 
@@ -151,9 +145,9 @@ def accumulation(config: Config, process: Process) -> int:
     total, world = config.training.micro_batches, process.world
     if total % world:
         raise FastElectraError(
-            f"{world} processes cannot share {total} micro-batches a step evenly: make"
-            f" training.batch_tokens a multiple of {world} × training.micro_batch_tokens, or start"
-            " another number of processes"
+            f"{world} processes cannot share {total} micro-batches a step evenly: begin with"
+            " a training.micro_batch_tokens so small that training.batch_tokens is a multiple of"
+            f" {world} times that, or start another number of processes"
         )
     return total // world
 
@@ -172,11 +166,22 @@ def one_voice(process: Process) -> Iterator[None]:
             time.sleep(PATIENCE)
         raise
     except RuntimeError as error:
+        from torch import OutOfMemoryError
         from torch.distributed import DistError
 
+        if isinstance(error, OutOfMemoryError) or isinstance(error.__context__, OutOfMemoryError):
+            raise FastElectraError(
+                "the GPU has too little memory for this: pre-training takes less with a smaller"
+                " training.micro_batch_tokens, fine-tuning with a smaller --max-length"
+            ) from error
         lost = isinstance(error, DistError) or "gloo" in str(error) or "NCCL" in str(error)
         if not lost:
             raise
+        if "EADDRINUSE" in str(error):
+            raise FastElectraError(
+                f"port {os.environ['MASTER_PORT']} is in use, perhaps by another run on this"
+                " machine: give the launcher another --master_port"
+            ) from error
         raise FastElectraError(
             "lost the connection to another process of this run: it has ended, and what it or the"
             " launcher printed says why"

@@ -96,7 +96,8 @@ class Trainer:
         if self.report:
             self.report.close()
             self.process.say(stopped or f"finished; on held-out text\n{self.report.sketch()}")
-            self.process.say(f"learning curves: {self.report.picture}")
+            if self.report.picture.exists():  # drawn from the first evaluation on
+                self.process.say(f"learning curves: {self.report.picture}")
         torch.distributed.destroy_process_group()
 
     def _train(self, stop: Stop) -> str:

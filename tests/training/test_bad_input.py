@@ -2,6 +2,7 @@
 
 import json
 import resource
+import socket
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fastelectra.config import config_from_dict
 from fastelectra.data.shards import open_corpus
 from fastelectra.errors import FastElectraError
 from fastelectra.model.electra import Electra
-from fastelectra.training import checkpoint, launch
+from fastelectra.training import checkpoint, engine, launch
 from fastelectra.training.engine import plan_engine, start_engine
 from fastelectra.training.launch import Process
 from fastelectra.training.loop import Trainer
@@ -114,6 +115,43 @@ def test_a_world_that_cannot_share_the_batch(corpus):
     assert launch.accumulation(config, Process(0, 2)) == 1
     with pytest.raises(FastElectraError, match="4 processes cannot share 2 micro-batches a step"):
         launch.accumulation(config, Process(0, 4))
+
+
+def test_fp16_without_a_scaled_loss(corpus, monkeypatch):
+    monkeypatch.setattr(engine, "_precision", lambda *_: ("fp16", "for this test"))
+    fp16 = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert plan_engine(config_with(corpus, deepspeed=fp16), ALONE).stage == 1
+    fp16["zero_optimization"] = {"stage": 0}
+    with pytest.raises(FastElectraError, match="stage 0 DeepSpeed does not scale the loss"):
+        plan_engine(config_with(corpus, deepspeed=fp16), ALONE)
+
+
+def test_a_port_that_another_run_has(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with (
+            pytest.raises(FastElectraError, match=f"port {port} is in use.* --master_port"),
+            launch.one_voice(ALONE),
+        ):
+            torch.distributed.TCPStore("127.0.0.1", port, is_master=True)
+
+
+def _run_out_of_memory(capturing):
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    finally:
+        if capturing:  # whose end fails as well
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_too_little_memory(capturing):
+    with (
+        pytest.raises(FastElectraError, match=r"memory.* smaller training\.micro_batch_tokens"),
+        launch.one_voice(ALONE),
+    ):
+        _run_out_of_memory(capturing)
 
 
 def test_outputs_that_cannot_be_written(corpus, tmp_path, monkeypatch):
