@@ -63,7 +63,8 @@ def has_task(task: Task, data: str) -> bool:
 def _own_folder(task: Task, data: Path) -> Path | None:
     """The task's folder in that of all tasks; case and dashes do not matter."""
     if not data.is_dir():
-        raise FastElectraError(f"--data {data}: no such folder")
+        problem = "is a file: name its folder" if data.is_file() else "no such folder"
+        raise FastElectraError(f"--data {data}: {problem}")
     wanted = {plain(name) for name in (task.folder, task.hub) if name}
     wanted |= {"diagnostic"} if task.name == "ax" else set()
     found = (path for path in sorted(data.iterdir()) if path.is_dir())
@@ -123,6 +124,10 @@ def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
         rows = filter(None, lines)  # but blank lines
         names = next(rows, [])
         for row in rows:
+            if delimiter == "\t" and any(
+                _swallows(field, place, len(names) - 1) for place, field in enumerate(row)
+            ):
+                raise csv.Error("up to here the rows are one text, between two quotation marks")
             if len(row) > len(names):
                 raise csv.Error("more fields than the header has")
             records.append(dict(zip(names, row, strict=False)))
@@ -134,6 +139,16 @@ def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
     if not records:
         raise FastElectraError(f"{path} is empty")
     return names, iter(records)
+
+
+def _swallows(field: str, place: int, last: int) -> bool:
+    """Whether a field, the place-th of 0 … last, is ends of two rows and all rows between them.
+
+    A quotation mark that begins a text and was not meant to makes such a field.
+    """
+    first, *rows = field.split("\n")
+    tabs = [row.count("\t") for row in rows]
+    return first.count("\t") == last - place and tabs == [last] * (len(tabs) - 1) + [place]
 
 
 def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:

@@ -107,7 +107,7 @@ def plain(name: str) -> str:
 
 def custom(texts: str, label: str) -> Task:
     """The user's own task, from names of columns; its labels come from the training data."""
-    names = tuple(texts.split(","))
+    names = tuple(name.strip() for name in texts.split(","))
     if not label or not all(names) or len(names) > 2:
         raise FastElectraError(
             f"--text {texts} --label {label}: expected one or two columns, as --text a,b --label c"
