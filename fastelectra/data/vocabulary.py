@@ -29,6 +29,7 @@ MOST_CHARACTERS = 100  # of a word; longer ones become [UNK], as BERT's do
 _TOO_LONG = re.compile(rf"(?<![^ ])[^ ]{{{MOST_CHARACTERS + 1},}}")
 BERT_TOKENIZERS = ("ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast")
 EUROPEAN = ("LATIN", "GREEK", "CYRILLIC", "COMBINING")  # characters' names begin so
+VIETNAMESE = (" HORN", " HOOK ABOVE", " DOT BELOW")  # in the names of letters, whatever else
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -130,21 +131,29 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
 def harmed_letters(characters: Counter[str]) -> Counter[str]:
     """Those that lose a part with their accents though it is none: vowel signs, voicing marks.
 
-    In Latin, Greek and Cyrillic script an accent is one.
+    In Latin, Greek and Cyrillic script an accent is one, but not Vietnamese's horns, hooks, dots.
     """
     keep, strip = (_normalizer(False, strips).normalize_str for strips in (False, True))
     return Counter({
         character: count
         for character, count in characters.items()
         if keep(character) != strip(character)
-        and not unicodedata.name(character, "").startswith(EUROPEAN)
+        and _is_harmed(unicodedata.name(character, ""))
     })  # fmt: skip
 
 
+def _is_harmed(name: str) -> bool:
+    return not name.startswith(EUROPEAN) or any(mark in name for mark in VIETNAMESE)
+
+
 def file_of(path: Path) -> Path:
-    """Of a Hugging Face folder its tokenizer.json, else its vocab.txt; a file is itself."""
+    """Of a Hugging Face folder its tokenizer.json, else its vocab.txt; a file is itself.
+
+    A prepared corpus has such a folder in it.
+    """
     if not path.is_dir():
         return path
+    path = path / "tokenizer" if (path / "manifest.json").is_file() else path
     names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
     if not names:
         raise FastElectraError(f"{path} has no tokenizer: expected tokenizer.json or vocab.txt")

@@ -64,7 +64,8 @@ HARMED = {  # by the removal of accents; None: not
     "यह हिन्दी का वाक्य है।": "DEVANAGARI SIGN VIRAMA",
     "ฉันไปโรงเรียนที่นี่": "THAI CHARACTER",
     "나는 학교에 갑니다.": "HANGUL SYLLABLE",
-    "Ёлка й Zürich, Việt Nam, Ελλάδα, cafe\u0301": None,
+    "Tiếng Việt, người ta nói được": "LATIN SMALL LETTER",
+    "Ёлка й Zürich, Škoda, Ελλάδα, cafe\u0301": None,
 }
 
 
