@@ -5,6 +5,7 @@ what a preset changes. An unknown field is an error that names the nearest valid
 one says what it takes.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -152,6 +153,21 @@ class Config:
         return dataclasses.asdict(self)
 
 
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--config and --set, for `load_config`."""
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="JSON, see configs/",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+        help="override one field; may be repeated",
+    )  # fmt: skip
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a JSON file, apply `section.field=value` overrides, check everything.
 
@@ -163,7 +179,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise FastElectraError(f"cannot read the config {path}: {reason}") from None
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise FastElectraError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
@@ -171,6 +187,16 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Confi
     for override in overrides:
         _apply_override(values, override)
     return config_from_dict(values, str(path))
+
+
+def _once_each(pairs: list[tuple[str, typing.Any]]) -> dict:
+    """A JSON object; ValueError if a name comes twice, of which Python keeps the last."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is there twice in one object")
+    return values
 
 
 def config_from_dict(values: dict, where: str = "config") -> Config:

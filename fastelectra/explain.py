@@ -22,10 +22,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Arguments of `fastelectra explain`."""
     parser.add_argument("text", help="a sentence, with [MASK] for a word to be filled in")
     parser.add_argument(
-        "--model", required=True,
+        "--model", required=True, type=os.path.expanduser,  # shells leave the ~ in --model=~/x
         help="export folder, run folder, checkpoint, or a Hugging Face ElectraForPreTraining",
     )  # fmt: skip
-    parser.add_argument("--generator", help="Hugging Face ElectraForMaskedLM, if not in --model")
+    parser.add_argument(
+        "--generator", type=os.path.expanduser,
+        help="Hugging Face ElectraForMaskedLM, if not in --model",
+    )  # fmt: skip
     parser.add_argument(
         "--mask",
         help="token numbers to mask, such as 1,3 ([CLS] is 0), besides any [MASK] in the text;"

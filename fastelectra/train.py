@@ -13,18 +13,14 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     del sys.path[0]  # a script's folder comes first: our data/ would hide another `data`
 
 from fastelectra import errors
-from fastelectra.config import load_config
+from fastelectra.config import add_config_arguments, load_config
 from fastelectra.data.shards import open_corpus
 from fastelectra.training import launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
-        help="override one field; may be repeated",
-    )  # fmt: skip
+    add_config_arguments(parser)
     parser.add_argument(
         "--max-hours", type=float, metavar="H", help="save and exit after so many hours"
     )

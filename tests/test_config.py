@@ -113,6 +113,7 @@ def test_bad_values_name_the_field(values, said):
 @pytest.mark.parametrize(
     ("content", "said"),
     [(b"{", "not valid JSON"), (b"[]", "expected an object"), (b"\xff\xfe", "not UTF-8"),
+     (b'{"data": {}, "model": {}, "data": {}}', "'data' is there twice"),
      (b"[" * 100_000, "not valid JSON"), (b'{"a": %s}' % (b"9" * 5000), "not valid JSON")],
 )  # fmt: skip
 def test_bad_files_are_one_line(tmp_path, content, said):

@@ -4,6 +4,7 @@ Several processes, started by torchrun or deepspeed, share the runs.
 """
 
 import argparse
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -52,19 +53,20 @@ def add_glue_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser, data: str) -> None:
+    path = os.path.expanduser  # shells leave the ~ in --out=~/scores
     parser.add_argument(
-        "--model", required=True, metavar="DIR",
+        "--model", required=True, type=path, metavar="DIR",
         help="run folder, checkpoint, export, or Hugging Face Electra model",
     )  # fmt: skip
     parser.add_argument(
-        "--data", required=True, metavar="DIR",
+        "--data", required=True, type=path, metavar="DIR",
         help=f"{data}, of .tsv, .csv, .jsonl or .parquet; {HUB}: download it",
     )  # fmt: skip
     parser.add_argument(
         "--max-length", type=positive(int), metavar="N",
         help=f"tokens of an example; longer ones are cut (default {MAX_LENGTH}, as in the paper)",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="folder to write")
     parser.add_argument(
         "--seeds", type=positive(int), default=1, metavar="N", help="runs (default 1)"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from fastelectra.config import Config, generator_sizes, load_config
+from fastelectra.config import Config, add_config_arguments, generator_sizes, load_config
 
 PAPER_SHARE = 0.15625  # of the positions are predicted, in the paper's count
 PAPER_VOCABULARY = 30_522
@@ -120,11 +120,7 @@ def paper_flops_per_token(config: Config, vocab_size: int) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command line of `fastelectra flops`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON, see configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE",
-        help="override one field; may be repeated",
-    )  # fmt: skip
+    add_config_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
