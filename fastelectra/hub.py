@@ -8,6 +8,7 @@ OUT/mlm/                the same, where the objective's main network predicts to
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -81,7 +82,8 @@ def load_pretrained(path: str | Path, generator: str | Path | None = None) -> Pr
 def _load_checkpoint(folder: Path, generator: str | Path | None) -> Pretrained:
     if generator:
         raise FastElectraError(f"{folder} has a generator of its own: leave out {generator}")
-    electra = _build(*_read_checkpoint(folder))
+    config, vocab_size, weights = _read_checkpoint(folder)
+    electra = _build(config.model, vocab_size, weights, config.objective)
     return _pretrained(electra, folder / checkpoint.TOKENIZER, electra.generator is not None)
 
 
@@ -136,20 +138,21 @@ def run_export(args: Namespace) -> int:
 
 
 def _export(folder: Path, out: Path) -> None:
-    model, vocab_size, weights, objective = _read_checkpoint(folder)
+    config, vocab_size, weights = _read_checkpoint(folder)
+    model, objective = config.model, config.objective
     tokenizer, special = read_tokenizer(folder / checkpoint.TOKENIZER, vocab_size)
     parts = exported_parts(objective.kind)
     try:
         with checkpoint.write_folder(out) as aside:
             for part, (network, architecture) in parts.items():
-                vocabulary.write(tokenizer, aside / part, model.max_positions)
-                config = hub_config(model, network, vocab_size, special["pad"])
-                text = json.dumps({"architectures": [architecture], **config}, indent=2)
+                vocabulary.write(tokenizer, aside / part, config.data.max_length)
+                fields = hub_config(model, network, vocab_size, special["pad"])
+                text = json.dumps({"architectures": [architecture], **fields}, indent=2)
                 (aside / part / "config.json").write_text(text + "\n", encoding="utf-8")
                 tensors = to_hub(weights, network, architecture == ARCHITECTURES["generator"])
                 save_file(tensors, aside / part / "model.safetensors", {"format": "pt"})
     except (OSError, SafetensorError) as error:  # the second wraps the first
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         raise FastElectraError(f"cannot write {out}: {reason}") from None
     print(f"wrote {' and '.join(str(out / part) for part in parts)} from {folder}")
     if objective.name == "all_tokens_mlm":
@@ -181,17 +184,15 @@ def hub_config(model: ModelConfig, network: str, vocab_size: int, pad: int) -> d
     }
 
 
-def _read_checkpoint(
-    folder: Path,
-) -> tuple[ModelConfig, int, dict[str, torch.Tensor], ObjectiveConfig]:
-    """Sizes, vocabulary size, weights, objective; FastElectraError if they do not fit together."""
+def _read_checkpoint(folder: Path) -> tuple[Config, int, dict[str, torch.Tensor]]:
+    """Configuration, vocabulary size, weights; FastElectraError if they do not fit together."""
     state = checkpoint.read_state(folder)
     config = config_from_dict(state["config"], str(folder / checkpoint.STATE))
     weights, vocab_size = checkpoint.read_weights(folder), state["vocab_size"]
     expected = parameter_shapes(config.model, vocab_size, config.objective)
     if {name: weights[name].shape for name in weights} != expected:
         raise FastElectraError(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.STATE} disagree")
-    return config.model, vocab_size, weights, config.objective
+    return config, vocab_size, weights
 
 
 # --- import ---------------------------------------------------------------------------------------
@@ -203,7 +204,10 @@ def add_import_arguments(parser: ArgumentParser) -> None:
         "folders", nargs="+", metavar="HF_DIR",
         help="ElectraForPreTraining and ElectraForMaskedLM folders, one or both, or an export",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, help="folder to write, for training.init_from")
+    parser.add_argument(
+        "--out", required=True, type=os.path.expanduser,  # shells leave the ~ in --out=~/start
+        help="folder to write, for training.init_from",
+    )  # fmt: skip
     parser.add_argument(
         "--generator-fraction", type=float, default=ModelConfig.generator_fraction,
         help="the generator's size relative to the discriminator's, where only one of them is given"
@@ -221,7 +225,7 @@ def run_import(args: Namespace) -> int:
     weights = {name: weight[: shapes[name][0]] for name, weight in networks.weights.items()}
     electra = _build(networks.model, vocab_size, weights)
     config = Config(model=networks.model)
-    config.data.max_length = min(config.data.max_length, networks.model.max_positions)
+    config.data.max_length = networks.model.max_positions  # as if trained with as many
     with tempfile.TemporaryDirectory() as tokenizer_dir:
         vocabulary.write(tokenizer, Path(tokenizer_dir))
         checkpoint.write_checkpoint(

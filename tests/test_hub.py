@@ -61,6 +61,8 @@ def test_transformers_loads_an_export_and_computes_the_same(tmp_path, corpus, mo
     ours = write_checkpoint(tmp_path / "checkpoint", corpus, model)
     assert fastelectra("export", tmp_path / "checkpoint", tmp_path / "out") == 0
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/discriminator")
+    state = checkpoint.read_state(tmp_path / "checkpoint")
+    assert tokenizer.model_max_length == state["config"]["data"]["max_length"]
     inputs = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     batch, real = packed(inputs), inputs["attention_mask"].bool()
     vocabulary = load_pretrained(tmp_path / "checkpoint").tokenizer
