@@ -65,13 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-accents", action="store_true", help="make lower case, but keep accents")
     add("--heldout-fraction", type=float, default=0.01, metavar="SHARE",
         help="of the documents, kept for evaluation (default: 0.01)")
-    add("--workers", type=int, default=_cores(), metavar="N",
+    add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
         help="processes; the result does not depend on them (default: one a core)")
     # fmt: on
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,10 +3,10 @@
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from tokenizers import Tokenizer
 from torch import nn
 
 from fastelectra.config import Config, config_from_dict, generator_sizes
+from fastelectra.data import vocabulary
 from fastelectra.data.shards import Corpus
 from fastelectra.data.stream import Position
 from fastelectra.errors import FastElectraError
@@ -110,12 +110,8 @@ def _check_vocabulary(folder: Path, corpus: Corpus) -> None:
 
 
 def _tokenizer(folder: Path) -> tuple[dict[str, int], str]:
-    """Its entries, and what it makes of capitals and accents."""
-    path = folder / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise FastElectraError(f"cannot read the tokenizer {path}: {error}") from None
+    """Its entries, and what it makes of capitals and accents. Raises FastElectraError."""
+    tokenizer = vocabulary.load(folder)
     sample, normalizer = "An É, an e and an é", tokenizer.normalizer
     return tokenizer.get_vocab(), normalizer.normalize_str(sample) if normalizer else sample
 
