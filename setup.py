@@ -32,16 +32,6 @@ setup(
         "triton>=3.6,<3.9; sys_platform == 'linux'",
     ],
     extras_require={
-        "dev": [
-            "transformers>=5.0",
-            "pytest>=8",
-            "pytest-xdist>=3.6",
-            "hypothesis>=6.100",
-            "ruff>=0.9",
-            "pyarrow>=15",
-            "zstandard>=0.22",
-            "tensorboard>=2.16",
-        ],
         "gpu": ["flash-attn>=2.7"],
         "data": ["datasets>=3.0", "pyarrow>=15", "zstandard>=0.22"],
     },

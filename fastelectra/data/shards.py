@@ -216,11 +216,6 @@ def open_corpus(path: str | Path) -> Corpus:
     return corpus
 
 
-def shard_name(split: str, number: int) -> str:
-    """Of a shard's files, without suffix."""
-    return f"{split}-{number:05d}"
-
-
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()

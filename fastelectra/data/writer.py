@@ -14,7 +14,6 @@ from fastelectra.data.shards import (
     ShardEntry,
     file_sha256,
     sample_sha256,
-    shard_name,
     write_durably,
 )
 
@@ -117,7 +116,8 @@ class ShardWriter:
             os.fsync(file.fileno())
 
     def _name(self, shard: int) -> str:
-        return shard_name(self._splits[shard], shard - self._splits.index(self._splits[shard]))
+        split = self._splits[shard]
+        return f"{split}-{shard - self._splits.index(split):05d}"
 
     def _file(self, shard: int, suffix: str) -> Path:
         return self._folder / f"{self._name(shard)}.{suffix}"

@@ -104,13 +104,10 @@ class Electra(nn.Module):
         return self.generator.head.logits(hidden).float()
 
     @torch.no_grad()
-    def discriminator_logits(
-        self, batch: Batch, tokens: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """[T] fp32: above 0 = replaced. `tokens` [T] int32 stand in for the batch's own."""
-        tokens = batch.tokens if tokens is None else tokens
+    def discriminator_logits(self, batch: Batch) -> torch.Tensor:
+        """[T] fp32: above 0 = replaced."""
         seeds = self._dropout_seeds(batch)[1]
-        hidden = self._discriminate(tokens, batch, _layout(batch), seeds)
+        hidden = self._discriminate(batch.tokens, batch, _layout(batch), seeds)
         return self.discriminator.head.logits(hidden).float()
 
     def _generate(

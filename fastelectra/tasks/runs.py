@@ -98,7 +98,7 @@ class Runs:
             decay_convention=options.layer_decay,
             epochs=options.epochs or task.epochs,
             max_length=options.length(start.model.max_positions),
-            precision=precision(device),
+            precision="bf16" if launch.fast_at_bf16(device) else "fp32",
         )
         self.identity = {
             "task": task.name,
@@ -224,11 +224,6 @@ def predict_with(task: Task, start: PretrainedEncoder, options: Options, out: Pa
     outputs = predict(classifier, examples, length)
     write_predictions(out / "test.tsv", task, splits["test"], outputs)
     write_submission(options.submission, task, out, splits)
-
-
-def precision(device: torch.device) -> str:
-    """bf16 where the hardware is fast at it, as in pre-training."""
-    return "bf16" if launch.fast_at_bf16(device) else "fp32"
 
 
 def write_predictions(path: Path, task: Task, split: Split, outputs: np.ndarray) -> None:
