@@ -35,7 +35,10 @@ OPTIMIZER = "optimizer"  # a part of the step
 PARTS = tuple(
     (part, re.compile(pattern, re.IGNORECASE))
     for part, pattern in (
-        ("vocabulary head", "cross_?entropy|nll_loss|log_softmax|multinomial|exponential|argmax"),
+        (  # cunn_SoftMax… takes rows longer than 1,024: not attention's
+            "vocabulary head",
+            "cross_?entropy|nll_loss|log_?softmax|cunn_softmax|multinomial|exponential|argmax",
+        ),
         (OPTIMIZER, "adam|foreach|multi_tensor|linalg_vector_norm|flatten_dense"),
         ("attention", "scaled_dot|flash|attention|fmha|softmax|varlen|split_qkv"),
         ("GELU", "gelu"),

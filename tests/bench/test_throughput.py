@@ -123,6 +123,39 @@ def event(name, shapes=(), parent=None):
     return SimpleNamespace(name=name, input_shapes=shapes, cpu_parent=parent)
 
 
+NATIVE = "void at::native::(anonymous namespace)::"  # as the profiler names PyTorch's kernels
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        (
+            f"{NATIVE}cunn_{way}<8, float, float, float, {NATIVE[5:]}Log{way}Epilogue>(float*)",
+            "vocabulary head",
+        )
+        for way in ("SoftMaxForward", "SoftMaxBackward")
+    ]
+    + [
+        (
+            f"{NATIVE}cunn_SoftMaxForward<4, float, float, float, {NATIVE[5:]}"
+            "SoftMaxForwardEpilogue>(float*, float const*, int)",
+            "vocabulary head",
+        ),
+        (
+            "void (anonymous namespace)::softmax_warp_forward<c10::BFloat16, c10::BFloat16, float,"
+            " 7, false, false>(c10::BFloat16*, c10::BFloat16 const*, int, int, int)",
+            "attention",
+        ),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>()",
+            "attention",
+        ),
+    ],
+)
+def test_kernels_of_the_gpu_are_told_by_their_names(name, part):
+    assert part_of(event(name), 99) == part
+
+
 @pytest.mark.parametrize(
     ("name", "shapes", "parent", "part"),
     [
