@@ -28,7 +28,9 @@ import torch
 import torch.nn.functional as F
 from fastelectra.kernels import packed_attention, split_qkv
 from measure import milliseconds, provenance
+from options import check_outputs
 
+from fastelectra import errors
 from fastelectra.config import generator_sizes, load_config
 from fastelectra.data.batch import BatchShape
 from fastelectra.model.attention import BACKENDS, backend, layout_of
@@ -153,6 +155,7 @@ def main(argv=None) -> int:
     parser.add_argument("--tokens", type=int, help="whole examples of so many tokens")
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args(argv)
+    check_outputs(arguments.json)
     device = launch.device()
     result = {"provenance": provenance(), "rows": []}
     turns = [ways(device)]
@@ -163,10 +166,9 @@ def main(argv=None) -> int:
             print(line(row), flush=True)
             result["rows"].append(row)
             if arguments.json:
-                arguments.json.parent.mkdir(parents=True, exist_ok=True)
                 arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

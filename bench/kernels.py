@@ -18,8 +18,9 @@ import torch
 from fastelectra.kernels import aot
 from measure import flush, milliseconds, provenance
 from operations import Case, cases
+from options import check_outputs
 
-from fastelectra import kernels
+from fastelectra import errors, kernels
 from fastelectra.training.launch import device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,7 +221,7 @@ def main(argv=None) -> int:
     gpu = device().type == "cuda"
     result = {"provenance": provenance(), "measured": gpu, "rates": H100, "ops": []}
     written, picture = (Path(f"{arguments.output}.{kind}") for kind in ("json", "png"))
-    written.parent.mkdir(parents=True, exist_ok=True)
+    check_outputs(written, picture)
     if gpu:
         kernels.set_backend("triton")
         result["rates"] = measured_rates()
@@ -236,4 +237,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

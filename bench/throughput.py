@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from options import check_outputs
+
 from fastelectra import errors
 from fastelectra.config import load_config
 from fastelectra.errors import FastElectraError
@@ -50,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--largest", action="store_true", help="on a GPU: the largest micro-batch that fits")
     add("--profile", action="store_true", help="time by part, and a trace of ours beside FILE")
     add("--json", type=Path, metavar="FILE")
-    add("--plot", type=Path, metavar="FILE", help="PNG")
+    add("--plot", type=Path, metavar="FILE", help="a picture")
     add("--local_rank", help=argparse.SUPPRESS)  # launchers add it
     return parser.parse_args(argv)
 
@@ -267,6 +269,7 @@ def _scaling_line(point: dict) -> str:
 def run(args: argparse.Namespace, environment: dict) -> int:
     """Measure, print, write."""
     process = launch.prepare()
+    check_outputs(args.json, picture=args.plot)
     if args.data_only:
         return data_only(args)
     import torch  # reads what launch.prepare has set
@@ -311,7 +314,6 @@ def data_only(args: argparse.Namespace) -> int:
 def save(args: argparse.Namespace, result: dict) -> None:
     """Write the JSON, if it was asked for."""
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote {args.json}", flush=True)
 
@@ -323,7 +325,6 @@ def report(args: argparse.Namespace, result: dict) -> None:
     print("\n".join(lines(result)), flush=True)
     save(args, result)
     if args.plot:
-        args.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(result, args.plot)
         print(f"wrote {args.plot}")
 

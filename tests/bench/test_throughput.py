@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from measure import Runner, part_of, quartiles
+from options import check_outputs
+
+from fastelectra.errors import FastElectraError
 
 BENCH = Path(__file__).parents[2] / "bench"
 SIZES = ["--size", "small", "--seq", "16", "--tokens-per-step", "64"]
@@ -63,11 +66,37 @@ def test_a_bare_machine_is_enough(tmp_path):
     }
 
 
-def test_a_mistake_is_one_line():
-    command = [sys.executable, BENCH / "throughput.py", "--lengths", "corpus", "--data", "nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("throughput", ["--lengths", "corpus", "--data", "nowhere"]),
+        ("throughput", ["--json", "a/file/result.json"]),
+        ("throughput", ["--json", "a"]),
+        ("throughput", ["--plot", "plot.text"]),
+        ("attention", ["--json", "a/file/result.json"]),
+        ("kernels", ["--output", "a/file/result"]),
+    ],
+)
+def test_a_mistake_is_one_line(script, flags, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/file").touch()
+    command = [sys.executable, BENCH / f"{script}.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_what_can_be_written_is_not_there_yet(tmp_path):
+    check_outputs(None, tmp_path / "b/result.json", picture=tmp_path / "b/plot.png")
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_a_picture_needs_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(FastElectraError, match="matplotlib"):
+        check_outputs(picture=Path("plot.png"))
 
 
 class Contender:
