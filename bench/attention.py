@@ -34,6 +34,7 @@ from fastelectra import errors
 from fastelectra.config import generator_sizes, load_config
 from fastelectra.data.batch import BatchShape
 from fastelectra.model.attention import BACKENDS, backend, layout_of
+from fastelectra.tasks.finetune import positive
 
 ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
@@ -152,7 +153,7 @@ def main(argv=None) -> int:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=PRESETS)
-    parser.add_argument("--tokens", type=int, help="whole examples of so many tokens")
+    parser.add_argument("--tokens", type=positive(int), help="whole examples of so many tokens")
     parser.add_argument("--json", type=Path, help="also write the results there")
     arguments = parser.parse_args(argv)
     check_outputs(arguments.json)

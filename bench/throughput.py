@@ -22,6 +22,7 @@ from options import check_outputs
 from fastelectra import errors
 from fastelectra.config import load_config
 from fastelectra.errors import FastElectraError
+from fastelectra.tasks.finetune import positive
 from fastelectra.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,18 +35,18 @@ MOST_TOKENS = 2**22  # of a micro-batch that --largest tries
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add, count = parser.add_argument, positive(int)
     add("--size", choices=("small", "base", "large"), default="small", help="the preset")
-    add("--seq", type=int, metavar="N", help="longest example (default: the preset's)")
-    add("--tokens-per-step", type=int, metavar="N", help="default: the preset's micro-batch")
-    add("--micro-batch", type=int, metavar="N", help="tokens (default: the whole step)")
+    add("--seq", type=count, metavar="N", help="longest example (default: the preset's)")
+    add("--tokens-per-step", type=count, metavar="N", help="default: the preset's micro-batch")
+    add("--micro-batch", type=count, metavar="N", help="tokens (default: the whole step)")
     add("--lengths", choices=("full", "corpus", "ragged"), default="full", help="of the examples")
     add("--data", type=Path, default=ROOT / "data/demo", help="prepared corpus for corpus lengths")
     add("--dtype", choices=DTYPES, default="bf16")
     add("--peers", nargs="*", choices=PEERS, help="default: all that make sense here")
-    add("--rounds", type=int, default=10)
-    add("--block", type=int, help="steps of a contender in a round (default: 3, on a GPU 20)")
-    add("--warmup", type=int, help="steps before the rounds (default: 2, on a GPU 10)")
+    add("--rounds", type=count, default=10)
+    add("--block", type=count, help="steps of a contender in a round (default: 3, on a GPU 20)")
+    add("--warmup", type=count, help="steps before the rounds (default: 2, on a GPU 10)")
     add("--no-data", action="store_true", help="one step's batches, made beforehand and reused")
     add("--data-only", action="store_true", help="measure only how fast batches are made")
     add("--scaling", action="store_true", help="ours also over micro-batch, length and ranks")
@@ -54,7 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="FILE", help="a picture")
     add("--local_rank", help=argparse.SUPPRESS)  # launchers add it
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_only and (args.json or args.plot):
+        parser.error("--data-only only prints: leave out --json and --plot")
+    return args
 
 
 class Bench:
@@ -74,7 +78,7 @@ class Bench:
         self.gemm, self.gemm_rates = Gemm(self.device, getattr(torch, DTYPES[args.dtype])), []
         self.block = args.block or (20 if self.cuda else 3)
         self.runners, self.memory, self.unavailable = {}, {}, {}
-        for name in ["ours", *names]:
+        for name in dict.fromkeys(["ours", *names]):
             try:
                 self.runners[name], self.memory[name] = self._start(name, self.workload)
             except Exception as error:  # a peer that cannot run does not end the comparison
@@ -274,6 +278,8 @@ def run(args: argparse.Namespace, environment: dict) -> int:
         return data_only(args)
     import torch  # reads what launch.prepare has set
 
+    if args.largest and launch.device().type != "cuda":
+        raise FastElectraError("--largest is for GPUs: PyTorch sees none here")
     bench = Bench(args, process)
     bench.run()
     result = bench.results()
@@ -282,7 +288,7 @@ def run(args: argparse.Namespace, environment: dict) -> int:
     if args.profile:
         stem = (args.json or Path("throughput")).with_suffix("")
         result["profile_ms"] = bench.profile(stem.with_name(stem.name + "-trace.json.gz"))
-    if args.largest and bench.cuda:
+    if args.largest:
         result["largest_micro_batch_tokens"] = bench.largest()
     bench.close()
     if torch.distributed.is_initialized():

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import throughput
 import torch
 from measure import Runner, part_of, quartiles
 from options import check_outputs
 
 from fastelectra.errors import FastElectraError
+from fastelectra.training import launch
 
 BENCH = Path(__file__).parents[2] / "bench"
 SIZES = ["--size", "small", "--seq", "16", "--tokens-per-step", "64"]
@@ -22,7 +24,7 @@ SIZES = ["--size", "small", "--seq", "16", "--tokens-per-step", "64"]
 def test_a_run_reports_every_contender(tmp_path):
     file, picture = tmp_path / "a" / "result.json", tmp_path / "plot.png"
     command = [sys.executable, BENCH / "throughput.py", *SIZES, "--rounds", "2", "--warmup", "1"]
-    command += ["--peers", "natural", "careful-flash", "--json", file, "--plot", picture]
+    command += ["--peers", "natural", "careful-flash", "natural", "--json", file, "--plot", picture]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
@@ -75,6 +77,7 @@ def test_a_bare_machine_is_enough(tmp_path):
         ("throughput", ["--plot", "plot.text"]),
         ("attention", ["--json", "a/file/result.json"]),
         ("kernels", ["--output", "a/file/result"]),
+        ("throughput", ["--seq", "2"]),
     ],
 )
 def test_a_mistake_is_one_line(script, flags, tmp_path):
@@ -86,6 +89,29 @@ def test_a_mistake_is_one_line(script, flags, tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--data-only", "--json", "result.json"]]
+    + [
+        [f"--{name}", value]
+        for name in ("rounds", "block", "warmup", "seq", "tokens-per-step", "micro-batch")
+        for value in ("0", "-1")
+    ],
+)
+def test_counts_are_above_zero(flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        throughput.parse(flags)
+    assert ended.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_largest_is_for_gpus(monkeypatch):
+    monkeypatch.setattr(launch, "prepare", lambda: launch.Process(0, 1))
+    monkeypatch.setattr(launch, "device", lambda: torch.device("cpu"))
+    with pytest.raises(FastElectraError, match="GPUs"):
+        throughput.main(["--largest"])
 
 
 def test_what_can_be_written_is_not_there_yet(tmp_path):
