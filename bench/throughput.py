@@ -98,9 +98,8 @@ class Bench:
         from ours import Ours
         from peers import Peer
 
+        self._free()
         if self.cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_reserved()
         if name.startswith("ours"):
@@ -193,8 +192,6 @@ class Bench:
 
     def largest(self) -> dict[str, int]:
         """Tokens of the largest micro-batch that fits the GPU, by doubling; ends all contenders."""
-        import torch
-
         names, found = list(self.runners), {}
         self.close()
         for name in names:
@@ -206,8 +203,6 @@ class Bench:
                     break
                 runner.close()
                 found[name], tokens = tokens, 2 * tokens
-            gc.collect()
-            torch.cuda.empty_cache()
         return found
 
     def close(self) -> None:
@@ -215,7 +210,15 @@ class Bench:
         for runner in self.runners.values():
             runner.close()
         self.runners.clear()
+        self._free()
+
+    def _free(self) -> None:
+        """Give a GPU's memory back that nothing holds."""
+        import torch
+
         gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
 
 
 def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[dict]:
@@ -247,12 +250,16 @@ def _ours_alone(args, ranks: int, tokens: int, micro: int, length: int, environm
     start = [sys.executable]
     if ranks > 1:
         start = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)]
+    same = ["--no-data"] * args.no_data
+    for name in ("block", "warmup"):
+        if given := getattr(args, name):
+            same += [f"--{name}", given]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [
             *start, __file__, "--size", args.size, "--seq", length, "--tokens-per-step", tokens,
             "--micro-batch", micro, "--lengths", args.lengths, "--data", args.data,
-            "--dtype", args.dtype, "--rounds", args.rounds, "--json", file, "--peers",
+            "--dtype", args.dtype, "--rounds", args.rounds, *same, "--json", file, "--peers",
         ]  # fmt: skip
         done = subprocess.run(
             [str(word) for word in command], env=environment, capture_output=True, text=True,

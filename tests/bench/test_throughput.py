@@ -107,6 +107,23 @@ def test_counts_are_above_zero(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+def test_scaling_measures_as_the_run_did(monkeypatch, tmp_path):
+    commands = []
+
+    def run(command, **_):
+        commands.append(throughput.parse(command[2:]))
+        row = {"tokens_per_s": {"median": 1}, "mfu_of_gemm": 1}
+        commands[-1].json.write_text(json.dumps({"contenders": {"ours": row}}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    flags = ["--no-data", "--block", "4", "--warmup", "1", "--rounds", "3"]
+    throughput._ours_alone(throughput.parse(flags), 1, 64, 32, 16, {})
+    throughput._ours_alone(throughput.parse([]), 1, 64, 32, 16, {})
+    told = [(a.no_data, a.block, a.warmup, a.rounds, a.micro_batch, a.peers) for a in commands]
+    assert told == [(True, 4, 1, 3, 32, []), (False, None, None, 10, 32, [])]
+
+
 def test_largest_is_for_gpus(monkeypatch):
     monkeypatch.setattr(launch, "prepare", lambda: launch.Process(0, 1))
     monkeypatch.setattr(launch, "device", lambda: torch.device("cpu"))
