@@ -7,6 +7,9 @@ def lines(result: dict) -> list[str]:
     """The report for a terminal."""
     settings, gemm = result["settings"], result["gemm_flop_per_s"]
     where, ranks = result["provenance"], settings["ranks"]
+    rounds = f"{settings['rounds']} rounds"
+    if settings["rounds"] < settings["rounds_wanted"]:
+        rounds += f" (cut short: of {settings['rounds_wanted']})"
     data = "data loading included" if settings["data_loading"] else "one batch reused"
     text = [
         "",
@@ -17,7 +20,7 @@ def lines(result: dict) -> list[str]:
         f" {where['threads']} threads; "
         + ", ".join(f"{name} {version}" for name, version in where["versions"].items()),
         "ours runs on the trainer's plain engine, without DeepSpeed's",
-        f"{settings['rounds']} rounds of {settings['steps_a_round']} steps each; a token costs"
+        f"{rounds} of {settings['steps_a_round']} steps each; a token costs"
         f" {result['flop_per_token'] / 1e6:.1f} MFLOP; large products run at"
         f" {gemm['median'] / 1e9:,.0f} GFLOP/s ({gemm['low'] / 1e9:,.0f}–"
         f"{gemm['high'] / 1e9:,.0f})",

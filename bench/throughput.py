@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from options import check_outputs
@@ -81,12 +82,17 @@ class Bench:
         for name in dict.fromkeys(["ours", *names]):
             try:
                 self.runners[name], self.memory[name] = self._start(name, self.workload)
-            except Exception as error:  # a peer that cannot run does not end the comparison
-                if name == "ours":
-                    raise
-                reason = " ".join(str(error).split())[:300] or repr(error)
-                self.unavailable[name] = f"{type(error).__name__}: {reason}"
-                process.say(f"{name} cannot run: {self.unavailable[name]}")
+            except Exception as error:
+                self._drop(name, error)
+
+    def _drop(self, name: str, error: Exception) -> None:
+        """A peer that cannot run does not end the comparison; ours does."""
+        if name == "ours":
+            raise error
+        if name in self.runners:
+            self.runners.pop(name).close()
+        self.unavailable[name] = reason(error)
+        self.process.say(f"{name} cannot run: {self.unavailable[name]}")
 
     def _start(self, name: str, workload):
         """A warm runner, and the bytes a step takes at its peak (on a GPU with all that it keeps).
@@ -119,13 +125,26 @@ class Bench:
         return runner, step_memory(runner.step)
 
     def run(self) -> None:
-        """All rounds; each also times the large product."""
+        """All rounds; each also times the large product. Of one process an interrupt ends them."""
+        try:
+            for number in range(self.args.rounds):
+                self._round(number)
+        except KeyboardInterrupt:
+            if not self.gemm_rates or self.process.world > 1:
+                raise
+        self.rounds = len(self.gemm_rates)
+        for runner in self.runners.values():
+            del runner.rates[self.rounds :], runner.waits[self.rounds :]
+
+    def _round(self, number: int) -> None:
         names = list(self.runners)
-        for number in range(self.args.rounds):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            try:
                 self.runners[name].block(self.block)
-            self.gemm_rates.append(self.gemm.rate())
+            except Exception as error:
+                self._drop(name, error)
+        self.gemm_rates.append(self.gemm.rate())
 
     def results(self) -> dict:
         """Everything measured, as JSON values."""
@@ -143,8 +162,8 @@ class Bench:
                 "max_length": config.data.max_length,
                 "tokens_per_step": config.training.batch_tokens,
                 "micro_batch_tokens": config.training.micro_batch_tokens,
-                "ranks": self.process.world, "rounds": args.rounds, "steps_a_round": self.block,
-                "data_loading": not args.no_data,
+                "ranks": self.process.world, "rounds": self.rounds, "steps_a_round": self.block,
+                "rounds_wanted": args.rounds, "data_loading": not args.no_data,
             },
             "flop_per_token": flops_per_token(self.workload.attended(), self.workload.vocab_size),
             "gemm_flop_per_s": quartiles(self.gemm_rates),
@@ -168,13 +187,15 @@ class Bench:
         hours = preset.steps * preset.batch_tokens / rate["median"] / 3600
         wait = quartiles(runner.waits)["median"]
         sheet = result["data_sheet_flop_per_s"]
+        whole = self.rounds == self.args.rounds  # else time is up, and batches may have ended
+        split = runner.split(min(5, self.rounds)) if whole else {}
         ratios = [mine / its for mine, its in zip(ours, runner.rates, strict=True)]
         return {
             "tokens_per_s": rate,
             "ours_is_times": quartiles(ratios),
             "mfu_of_gemm": flops / result["gemm_flop_per_s"]["median"],
             "mfu_of_data_sheet": flops / sheet if sheet else None,
-            "step_seconds": {"data wait": wait, **runner.split(min(5, self.args.rounds))},
+            "step_seconds": {"data wait": wait, **split},
             "memory_bytes": self.memory[name],
             "full_run_hours": hours,
             "full_run_device_days": hours / 24 * self.process.world,
@@ -190,20 +211,30 @@ class Bench:
             for name, runner in self.runners.items()
         }
 
-    def largest(self) -> dict[str, int]:
-        """Tokens of the largest micro-batch that fits the GPU, by doubling; ends all contenders."""
-        names, found = list(self.runners), {}
+    def largest(self) -> Iterator[tuple[str, int]]:
+        """Contenders and ever larger micro-batches that fit the GPU: doubled, at last by a half.
+
+        Ends all contenders.
+        """
+        names = list(self.runners)
         self.close()
         for name in names:
-            tokens = self.workload.config.training.micro_batch_tokens
-            while tokens <= MOST_TOKENS:
-                try:
-                    runner, _ = self._start(name, workload_of(self.args, tokens, tokens))
-                except RuntimeError:  # out of memory; during a capture under other names
-                    break
-                runner.close()
-                found[name], tokens = tokens, 2 * tokens
-        return found
+            first = tokens = self.workload.config.training.micro_batch_tokens
+            while tokens <= MOST_TOKENS and self._fits(name, tokens):
+                yield name, tokens
+                tokens *= 2
+            between = 3 * tokens // 4
+            if first < tokens <= MOST_TOKENS and self._fits(name, between):
+                yield name, between
+
+    def _fits(self, name: str, tokens: int) -> bool:
+        try:
+            runner, _ = self._start(name, workload_of(self.args, tokens, tokens))
+        except RuntimeError as error:  # out of memory; during a capture under other names
+            self.process.say(f"{name} in micro-batches of {tokens:,}: {reason(error)}")
+            return False
+        runner.close()
+        return True
 
     def close(self) -> None:
         """End every contender."""
@@ -219,6 +250,12 @@ class Bench:
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
+
+
+def reason(error: Exception) -> str:
+    """What an error says, on one line."""
+    text = " ".join(str(error).split())[:300] or repr(error)
+    return f"{type(error).__name__}: {text}"
 
 
 def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[dict]:
@@ -292,11 +329,20 @@ def run(args: argparse.Namespace, environment: dict) -> int:
     result = bench.results()
     if process.leads:
         save(args, result)  # before what may fail or run out of time
+    if bench.rounds < args.rounds:
+        bench.close()
+        report(args, result)
+        return 130  # as of what is interrupted
     if args.profile:
         stem = (args.json or Path("throughput")).with_suffix("")
         result["profile_ms"] = bench.profile(stem.with_name(stem.name + "-trace.json.gz"))
     if args.largest:
-        result["largest_micro_batch_tokens"] = bench.largest()
+        found = result["largest_micro_batch_tokens"] = {}
+        for name, tokens in bench.largest():
+            found[name] = tokens
+            process.say(f"{name} in micro-batches of {tokens:,}: fits")
+            if process.leads:
+                save(args, result)
     bench.close()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -124,6 +124,110 @@ def test_scaling_measures_as_the_run_did(monkeypatch, tmp_path):
     assert told == [(True, 4, 1, 3, 32, []), (False, None, None, 10, 32, [])]
 
 
+@pytest.fixture
+def bench():
+    made = throughput.Bench.__new__(throughput.Bench)
+    made.args = throughput.parse(["--rounds", "4"])
+    made.process, made.block, made.cuda = launch.Process(0, 1), 2, False
+    made.gemm, made.gemm_rates = SimpleNamespace(rate=lambda: 1.0), []
+    batches = [SimpleNamespace(totals=[0, 100.0])]
+    made.runners = {
+        name: Runner(Contender(), itertools.repeat(batches), no_data=True)
+        for name in ("ours", "natural", "careful")
+    }
+    made.unavailable = {}
+    return made
+
+
+def fail(bench, name, number, error):
+    """Let the contender's step of this number raise."""
+    contender = bench.runners[name].contender
+    step = contender.step
+
+    def failing(batches=None):
+        if contender.steps == number - 1 and batches is not None:
+            raise error
+        step(batches)
+
+    contender.step = failing
+
+
+def test_an_interrupted_run_keeps_its_whole_rounds(bench):
+    fail(bench, "careful", 6, KeyboardInterrupt())
+    bench.run()
+    assert bench.rounds == 2
+    assert [len(runner.rates) for runner in bench.runners.values()] == [2, 2, 2]
+    assert [len(runner.waits) for runner in bench.runners.values()] == [2, 2, 2]
+
+
+def test_a_run_interrupted_at_once_has_nothing_to_keep(bench):
+    fail(bench, "natural", 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        bench.run()
+
+
+def test_a_peer_that_fails_is_dropped(bench, capsys):
+    fail(bench, "natural", 3, torch.OutOfMemoryError("no\nroom"))
+    bench.run()
+    assert list(bench.runners) == ["ours", "careful"]
+    assert bench.rounds == len(bench.runners["careful"].rates) == 4
+    assert bench.unavailable == {"natural": "OutOfMemoryError: no room"}
+    assert capsys.readouterr().out == "natural cannot run: OutOfMemoryError: no room\n"
+    fail(bench, "ours", 9, RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        bench.run()
+
+
+def test_the_largest_is_told_size_by_size(bench, monkeypatch, capsys):
+    room = {"ours": 700, "natural": 50, "careful": 2**40}
+    training = SimpleNamespace(micro_batch_tokens=100)
+    bench.workload = SimpleNamespace(config=SimpleNamespace(training=training))
+    monkeypatch.setattr(throughput, "workload_of", lambda args, tokens, micro: tokens)
+
+    def start(name, tokens):
+        if tokens > room[name]:
+            raise RuntimeError("full")
+        return SimpleNamespace(close=lambda: None), None
+
+    bench._start = start
+    monkeypatch.setattr(throughput, "MOST_TOKENS", 1000)
+    assert list(bench.largest()) == [
+        ("ours", 100), ("ours", 200), ("ours", 400), ("ours", 600),
+        ("careful", 100), ("careful", 200), ("careful", 400), ("careful", 800),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == [
+        "ours in micro-batches of 800: RuntimeError: full",
+        "natural in micro-batches of 100: RuntimeError: full",
+    ]
+
+
+INTERRUPTED = """
+import sys
+import measure, throughput
+rates = iter([1e9, 1e9])
+def rate(gemm):
+    for value in rates:
+        return value
+    raise KeyboardInterrupt
+measure.Gemm.rate = rate
+sys.exit(throughput.main(sys.argv[1:]))
+"""
+
+
+def test_what_was_cut_short_is_reported(tmp_path):
+    file = tmp_path / "result.json"
+    command = [sys.executable, "-c", INTERRUPTED, *SIZES, "--rounds", "9", "--warmup", "1"]
+    command += ["--block", "1", "--peers", "--json", file, "--profile"]
+    environment = os.environ | {"PYTHONPATH": str(BENCH)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 130, done.stderr
+    assert "2 rounds (cut short: of 9) of 1 steps each" in done.stdout
+    result = json.loads(file.read_text())
+    assert result["settings"]["rounds"] == 2
+    assert len(result["contenders"]["ours"]["rates_by_round"]) == 2
+    assert "profile_ms" not in result
+
+
 def test_largest_is_for_gpus(monkeypatch):
     monkeypatch.setattr(launch, "prepare", lambda: launch.Process(0, 1))
     monkeypatch.setattr(launch, "device", lambda: torch.device("cpu"))
