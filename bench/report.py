@@ -51,12 +51,13 @@ def lines(result: dict) -> list[str]:
 def _row(name: str, row: dict) -> str:
     rate, sheet, memory = row["tokens_per_s"], row["mfu_of_data_sheet"], row["memory_bytes"]
     ratio = row["ours_is_times"]["median"]
+    hours, days = row["full_run_hours"], row["full_run_device_days"]
     quartiles = f"({rate['low']:,.0f}–{rate['high']:,.0f})"
     return (
         f"{name:16s}{rate['median']:>12,.0f}{quartiles:>20s}{ratio:>7.2f} ×"
         f"{row['mfu_of_gemm']:>9.1%}{'–' if sheet is None else f'{sheet:.1%}':>9s}"
         f"{'–' if memory is None else f'{memory / 1e6:,.0f} MB':>13s}"
-        f"{row['full_run_hours']:>12,.1f} h{row['full_run_device_days']:>6,.1f} d"
+        f"{'–' if hours is None else f'{hours:,.1f} h{days:>6,.1f} d':>22s}"
         f"   {row['losses'][0]:.3f} {row['losses'][1]:.4f}"
     )
 

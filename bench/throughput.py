@@ -183,8 +183,11 @@ class Bench:
         runner, ours = self.runners[name], self.runners["ours"].rates
         rate = quartiles(runner.rates)
         flops = rate["median"] * result["flop_per_token"] / self.process.world
-        preset = load_config(ROOT / "configs" / f"{self.args.size}.json").training
-        hours = preset.steps * preset.batch_tokens / rate["median"] / 3600
+        preset = load_config(ROOT / "configs" / f"{self.args.size}.json")
+        hours = None  # at another length the run would be another
+        if self.workload.config.data.max_length == preset.data.max_length:
+            training = preset.training
+            hours = training.steps * training.batch_tokens / rate["median"] / 3600
         wait = quartiles(runner.waits)["median"]
         sheet = result["data_sheet_flop_per_s"]
         whole = self.rounds == self.args.rounds  # else time is up, and batches may have ended
@@ -198,7 +201,7 @@ class Bench:
             "step_seconds": {"data wait": wait, **split},
             "memory_bytes": self.memory[name],
             "full_run_hours": hours,
-            "full_run_device_days": hours / 24 * self.process.world,
+            "full_run_device_days": hours and hours / 24 * self.process.world,
             "losses": runner.contender.losses(),
             "rates_by_round": runner.rates,
         }
