@@ -11,6 +11,7 @@ Two ways of counting, over the same parts:
 """
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,11 @@ PAPER_VOCABULARY = 30_522
 # Operations on one element, in the paper's count.
 DROPOUT, LAYER_NORM, GELU, SOFTMAX = 4, 5, 8, 5
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets, by a part of the device's name; first match counts.
+# Dense bf16 TFLOP/s from NVIDIA's data sheets, by words of the device's name; first match counts.
 PEAK_TFLOPS = {
     "B200": 2250,
     "H200": 989,
+    "GH200": 989,
     "H100 PCIe": 756,
     "H100 NVL": 835,
     "H100": 989,
@@ -45,7 +47,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     if device.type != "cuda" or precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    if "Laptop" in name:  # slower than the card whose name it has
+        return None
+    found = (tflops for words, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name))
+    return next((1e12 * tflops for tflops in found), None)
 
 
 @dataclass(frozen=True)

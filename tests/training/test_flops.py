@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastelectra import cli
 from fastelectra.config import OBJECTIVES, load_config
-from fastelectra.training.flops import PAPER_VOCABULARY, flops_per_token, paper_flops_per_token
+from fastelectra.training.flops import (
+    PAPER_VOCABULARY,
+    flops_per_token,
+    paper_flops_per_token,
+    peak_flops,
+)
 from fastelectra.training.flops import parts as parts_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -71,6 +77,29 @@ def test_products_are_those_of_the_parameters_and_attention():
     assert products["discriminator layers"] == 12 * 2 * (layer + 2 * 128 * 256)
     assert products["generator head and vocabulary"] == 2 * (64 * 128 + 128 * PAPER_VOCABULARY)
     assert products["embeddings and projections"] == 2 * 128 * (256 + 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GB200", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_data_sheet_is_of_the_whole_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    gpu = torch.device("cuda")
+    assert peak_flops(gpu, "bf16") == (tflops and pytest.approx(1e12 * tflops))
+    assert peak_flops(gpu, "fp32") is None
 
 
 def test_command_prints_parts_and_run(capsys):
