@@ -25,10 +25,10 @@ launch.prepare()  # before torch, which reads what it sets
 
 # ruff: noqa: E402
 import torch
-import torch.nn.functional as F
 from fastelectra.kernels import packed_attention, split_qkv
 from measure import milliseconds, provenance
-from options import check_outputs
+from operations import padded
+from options import ROOT, check_outputs
 
 from fastelectra import errors
 from fastelectra.config import generator_sizes, load_config
@@ -36,7 +36,6 @@ from fastelectra.data.batch import BatchShape
 from fastelectra.model.attention import BACKENDS, backend, layout_of
 from fastelectra.tasks.finetune import positive
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
 
 
@@ -47,13 +46,6 @@ def cudnn(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
     return torch.ops.aten._cudnn_attention_forward(
         q, k, v, None, boundaries, boundaries, longest, longest, True, dropout, False, False
     )[0]
-
-
-def padded(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
-    """PyTorch's attention on examples as rows of one length, which they have here."""
-    rows = (part.unflatten(0, (-1, longest)).transpose(1, 2) for part in (q, k, v))
-    out = F.scaled_dot_product_attention(*rows, dropout_p=dropout)
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 def packed(qkv, boundaries, longest: int, dropout: float) -> torch.Tensor:

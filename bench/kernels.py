@@ -18,12 +18,11 @@ import torch
 from fastelectra.kernels import aot
 from measure import flush, milliseconds, provenance
 from operations import Case, cases
-from options import check_outputs
+from options import ROOT, check_outputs
 
 from fastelectra import errors, kernels
 from fastelectra.training.launch import device
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("small", "base", "large")
 WAYS = ("fused", "eager", "compiled")
 CAPABILITIES = (80, 89, 90, 100)

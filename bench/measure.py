@@ -19,13 +19,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from options import ROOT
 
 from fastelectra.data.batch import Batch
 from fastelectra.data.stream import prefetch
 from fastelectra.training import launch
 
 AHEAD = 4  # steps of batches made before they are needed, as the trainer does
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "flash-attn", "numpy", "numba")
 
 OPTIMIZER = "optimizer"  # a part of the step

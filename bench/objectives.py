@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import stsb
-from measure import ROOT, provenance
+from measure import provenance
+from options import ROOT
 
 from fastelectra import errors
 from fastelectra.config import OBJECTIVES, Config, config_from_dict, load_config

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from options import ROOT
 
 from fastelectra import kernels
 from fastelectra.config import generator_sizes, load_config
 from fastelectra.data.batch import BatchShape
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, MASK = 30_522, 103
 
 
@@ -185,6 +184,10 @@ class Maker:
 
 def attention_of_one_length(qkv, bias, boundaries, longest, p, seed):
     """packed_attention in PyTorch without asking for the lengths, where all are `longest`."""
-    q, k, v = kernels.split_qkv_reference(qkv, bias)
+    return padded(*kernels.split_qkv_reference(qkv, bias), boundaries, longest, p)
+
+
+def padded(q, k, v, boundaries, longest: int, dropout: float) -> torch.Tensor:
+    """PyTorch's attention on examples as rows of one length, which they have here."""
     rows = (part.unflatten(0, (-1, longest)).transpose(1, 2) for part in (q, k, v))
-    return F.scaled_dot_product_attention(*rows, dropout_p=p).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(*rows, dropout_p=dropout).transpose(1, 2).flatten(0, 1)

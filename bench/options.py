@@ -4,6 +4,8 @@ from pathlib import Path
 
 from fastelectra.errors import FastElectraError
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def check_outputs(*files: Path | None, picture: Path | None = None) -> None:
     """Make the folders of what will be written; None: nothing.

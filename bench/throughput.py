@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from options import check_outputs
+from options import ROOT, check_outputs
 
 from fastelectra import errors
 from fastelectra.config import load_config
@@ -26,7 +26,6 @@ from fastelectra.errors import FastElectraError
 from fastelectra.tasks.finetune import positive
 from fastelectra.training import launch
 
-ROOT = Path(__file__).resolve().parent.parent
 PEERS = ("ours-eager", "ours-compiled", "natural", "careful", "compiled", "graphed",
          "natural-flash", "careful-flash", "compiled-flash")  # fmt: skip
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from options import ROOT
 
 from fastelectra.config import Config, load_config
 from fastelectra.data.batch import Batch
@@ -21,7 +22,6 @@ from fastelectra.data.stream import BatchStream, Position, shape_for
 from fastelectra.data.vocabulary import SpecialTokens
 from fastelectra.training.launch import Process
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 30_522  # of the paper's uncased WordPiece
 SPECIAL = SpecialTokens(pad=0, unk=100, cls=101, sep=102, mask=103)
 FIRST_WORD = 999  # ids below belong to special and unused entries
