@@ -190,9 +190,6 @@ class TestCounters:
             == 729
         )
 
-    def test_the_largest_uniform_is_below_one_in_float32(self):
-        assert np.float32(((1 << 24) - 1) * (1.0 / (1 << 24))) < 1
-
     def test_no_place_for_a_cache_of_compiled_code(self):
         program = "from fastelectra.data.counters import draw; print(draw(0, 0))"
         environment = {**os.environ, "HOME": os.devnull, "NUMBA_CACHE_DIR": ""}
