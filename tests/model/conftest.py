@@ -1,3 +1,8 @@
-import torch
+"""One thread: these tensors are small."""
 
-torch.set_num_threads(1)  # these tensors are small: threads that wait for each other cost 10 times
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    pass
