@@ -21,6 +21,10 @@ MODEL = ModelConfig(
     generator_fraction=0.5, max_positions=33, dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 LENGTHS = [33, 5, 17, 1, 2]
+ONE_HEAD = ModelConfig(  # no projection, and a generator as wide as the main network
+    layers=2, hidden_size=12, intermediate_size=20, heads=1, embedding_size=12,
+    generator_fraction=1.0, max_positions=40, dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
 COPY = ("copy_weight", "copy_bias")
 
 
@@ -42,10 +46,14 @@ def batch_with_some_hits(model):
     return batch, draws
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
-def test_a_step_is_the_paper_s_written_out(name):
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [*((name, MODEL) for name in OBJECTIVES), ("electra", ONE_HEAD)],
+    ids=[*OBJECTIVES, "electra of one head"],
+)
+def test_a_step_is_the_paper_s_written_out(name, model):
     kind = OBJECTIVES[name]
-    ours = network(name, discriminator_weight=30.0)
+    ours = network(name, model, generator_weight=0.7, discriminator_weight=30.0)
     batch, draws = batch_with_some_hits(ours)
     loss, metrics = ours(batch)
     loss.backward()
@@ -67,8 +75,9 @@ def test_a_step_is_the_paper_s_written_out(name):
         generator.generator_lm_head.weight = main.electra.embeddings.word_embeddings.weight
         logits = generator(**padded(batch, inputs)).logits[real_rows][places]
         mlm_loss = F.cross_entropy(logits, originals, reduction="sum")
-        expected = mlm_loss / batch.totals[0]
+        expected = 0.7 * mlm_loss / batch.totals[0]
         torch.testing.assert_close(metrics["mlm_loss"], mlm_loss.detach(), rtol=1e-12, atol=0)
+        assert metrics["mlm_correct"] == (logits.argmax(1) == originals).sum()
         inputs[places] = draws[0][:chosen]
 
     outputs = main(**padded(batch, inputs), output_hidden_states=True)
