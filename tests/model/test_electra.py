@@ -127,16 +127,6 @@ def test_padding_changes_nothing(cut, monkeypatch):
     torch.testing.assert_close(losses_and_gradients(model, [roomy]), plain)
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["cut as on CPU", "fixed shapes as on GPU"])
-def test_a_batch_of_padding_alone_trains_nothing_but_takes_part(cut, monkeypatch):
-    if not cut:
-        monkeypatch.setattr(electra, "real_part", lambda batch: batch)
-    result = losses_and_gradients(tiny(), [packed_batch([], VOCAB_SIZE, room=(30, 3, 8))])
-    assert result["loss"] == 0
-    assert all(metric.sum() == 0 for metric in result["metrics"].values())
-    assert all((gradient == 0).all() for gradient in result["gradients"].values())
-
-
 def test_nothing_waits_for_the_device(monkeypatch):
     """The meta device has no values: a step that needed one, or a shape from one, would fail."""
     monkeypatch.setattr(attention, "backend", lambda *_: "torch flash")
