@@ -127,20 +127,6 @@ def test_padding_changes_nothing(cut, monkeypatch):
     torch.testing.assert_close(losses_and_gradients(model, [roomy]), plain)
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
-    """The meta device has no values: a step that needed one, or a shape from one, would fail."""
-    monkeypatch.setattr(attention, "backend", lambda *_: "torch flash")
-    with torch.device("meta"):
-        model = Electra(replace(TINY, dropout=0.1), VOCAB_SIZE, ObjectiveConfig()).bfloat16()
-    batch = packed_batch(LENGTHS, VOCAB_SIZE, room=(50, 7, 9)).to(torch.device("meta"))
-    loss, metrics = model(batch)
-    loss.backward()
-    assert loss.shape == ()
-    assert metrics["histogram"].shape == (2, 1024)
-    assert all(value.dtype == torch.float32 for value in (loss, *metrics.values()))
-    assert all(p.grad.shape == p.shape for p in model.parameters())
-
-
 def test_attention_in_three_parts_gives_the_same_gradients(monkeypatch):
     """As on GPUs, where a library's attention takes queries, keys and values apart."""
     batches = [packed_batch(LENGTHS, VOCAB_SIZE)]
