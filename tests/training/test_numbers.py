@@ -7,9 +7,8 @@ import pytest
 import torch
 from sklearn import metrics as sklearn_metrics
 
-from fastelectra.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig
+from fastelectra.config import ModelConfig, ObjectiveConfig, OptimizerConfig
 from fastelectra.model.electra import Electra
-from fastelectra.training.flops import flops_per_token
 from fastelectra.training.metrics import Skips, area_under_curve, complaints, entropy, scores
 from fastelectra.training.optimizer import PaperAdam, parameter_groups
 from fastelectra.training.report import sparkline
@@ -129,20 +128,6 @@ def test_skipped_updates_are_counted():
     skips.add(torch.tensor(2.0))
     skips.read()
     assert (skips.total, skips.in_row, skips.longest) == (3, 0, 2)
-
-
-@pytest.mark.parametrize(
-    ("model", "length", "share", "megaflops"),
-    [
-        (ModelConfig(), 128, 0.15, 71.4),
-        (ModelConfig(12, 768, 3072, 12, 768, 0.3333), 512, 0.15, 677.6),
-        (ModelConfig(24, 1024, 4096, 16, 1024, 0.25), 512, 0.25, 2188),
-    ],
-)
-def test_flops_of_a_token(model, length, share, megaflops):
-    config = Config(model=model)
-    config.data.max_length, config.data.mask_fraction = length, share
-    assert flops_per_token(config, 30522) / 1e6 == pytest.approx(megaflops, rel=0.02)
 
 
 def test_sparklines_go_from_low_to_high():
