@@ -1,4 +1,5 @@
-"""FLOPs in both ways of counting, against the numbers of the paper's authors and of ELECTRA.md."""
+"""FLOPs in both ways of counting: the paper's (Clark et al. 2020) against its authors' script, and
+MFU's, of matrix products alone, against counts of a token's whole work."""
 
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def test_objectives_differ_by_what_they_do():
     ("name", "mega", "share"),
     [("small", 71.4, 0.98), ("base", 677.6, 0.985), ("large", 2188, 0.99)],
 )
-def test_mfu_s_count_is_electra_md_s_less_the_element_wise_work(name, mega, share):
+def test_mfu_s_count_is_the_whole_work_less_what_is_element_wise(name, mega, share):
+    """`mega`: MFLOP a token, element-wise operations counted too."""
     config = preset(name)
     assert share < flops_per_token(config, PAPER_VOCABULARY) / 1e6 / mega < 1
     parts = parts_of(config, PAPER_VOCABULARY, config.data.mask_fraction)
