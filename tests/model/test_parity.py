@@ -27,7 +27,6 @@ ONE_HEAD = ModelConfig(
     layers=2, hidden_size=12, intermediate_size=20, heads=1, embedding_size=12,
     generator_fraction=1.0, max_positions=40, dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
-PARTS = "electra.embeddings.", "electra.encoder.", "electra.embeddings_project."
 
 
 def preset(name):
