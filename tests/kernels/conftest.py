@@ -7,7 +7,6 @@ machines that have none.
 
 import kernel_cases
 import pytest
-import torch
 
 executes = kernel_cases.INTERPRETED or kernel_cases.ON_GPU
 collect_ignore = ["compiled"] if executes else ["executed"]
@@ -15,8 +14,6 @@ collect_ignore = ["compiled"] if executes else ["executed"]
 
 @pytest.fixture(params=[1, 2, 3])
 def threads(request):
-    """So many of torch's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    """The number of torch's threads that the test runs in."""
+    with kernel_cases.in_threads(request.param) as count:
+        yield count

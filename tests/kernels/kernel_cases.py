@@ -1,6 +1,7 @@
 """Inputs for every differentiable op, and what any two implementations of it are compared on."""
 
 import functools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +16,17 @@ EXACT = torch.float32 if ON_GPU else torch.float64
 CLOSE = {"rtol": 2e-4, "atol": 5e-5} if ON_GPU else {"rtol": 1e-9, "atol": 1e-9}
 
 device = "cpu"  # of the inputs; executed/ sets it
+
+
+@contextmanager
+def in_threads(count):
+    """So many of torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield count
+    finally:
+        torch.set_num_threads(before)
 
 
 def placed(*tensors):

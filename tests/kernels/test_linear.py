@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib import import_module
 
+import kernel_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,9 +52,8 @@ def test_weights_gradient_is_as_exact_as_rounding_allows(rows, high, wide):
 def test_weights_gradient_has_the_same_bits_in_any_number_of_threads(threads):
     for sizes in ((700, 96, 32), (700, 32, 160), (700, 32, 32)):
         found = gradients(kernels.linear, *inputs(*sizes))[1]
-        torch.set_num_threads(1)
-        assert torch.equal(found, gradients(kernels.linear, *inputs(*sizes))[1])
-        torch.set_num_threads(threads)
+        with kernel_cases.in_threads(1):
+            assert torch.equal(found, gradients(kernels.linear, *inputs(*sizes))[1])
 
 
 @in_tiles
@@ -150,13 +150,9 @@ def test_what_does_not_fit_is_pytorchs():
 @in_tiles
 def test_many_threads_take_pytorchs():
     x, weight, _ = inputs(50, 32, 32)
-    before = torch.get_num_threads()
-    try:
-        for count in (4, 5):
-            torch.set_num_threads(count)
+    for count in (4, 5):
+        with kernel_cases.in_threads(count):
             assert is_ours(kernels.linear(x, weight)) == (count == 4)
-    finally:
-        torch.set_num_threads(before)
 
 
 @in_tiles

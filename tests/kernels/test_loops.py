@@ -102,15 +102,11 @@ def test_sums_over_many_rows_are_as_exact_as_over_few(name, checked):
     """In fp32 alone a sum of a hundred thousand equal numbers is off by a thousandth."""
     inputs = kernel_cases.make(name, 100_000, 16, torch.float32)
     exact = [kernel_cases.convert(value, torch.float64) for value in inputs]
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with kernel_cases.in_threads(1):
         for function, given in ((kernel_cases.operation, inputs), (kernel_cases.reference, exact)):
             output = function(name)(*given)
             width = output.shape[1]
             output.backward(torch.linspace(-1.05, 1, width, dtype=output.dtype).expand_as(output))
-    finally:
-        torch.set_num_threads(before)
     for mine, its in zip(inputs, exact, strict=True):
         if isinstance(mine, torch.Tensor) and mine.requires_grad and len(mine) < 100:
             sums = its.grad.abs() > 1000  # the terms of others cancel
@@ -132,26 +128,19 @@ def test_two_runs_are_bitwise_equal(name, dtype):
 def test_many_runs_on_narrow_rows_are_bitwise_equal():
     """Wherever their small arrays come to lie in memory."""
     inputs = kernel_cases.make("dropout_add_layer_norm", 200, 24, torch.float32)
-    operation, before = kernel_cases.operation("dropout_add_layer_norm"), torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
+    operation = kernel_cases.operation("dropout_add_layer_norm")
+    with kernel_cases.in_threads(3):
         first, *others = (kernel_cases.with_gradients(operation, inputs) for _ in range(300))
-    finally:
-        torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @every_op
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [2, 3], indirect=True)
 def test_any_number_of_threads(name, threads):
     inputs = kernel_cases.make(name, 130, 24, torch.float32)
-    expected = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        actual = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
-    finally:
-        torch.set_num_threads(before)
+    actual = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
+    with kernel_cases.in_threads(1):
+        expected = kernel_cases.with_gradients(kernel_cases.operation(name), inputs)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
@@ -209,7 +198,7 @@ def test_dropout_drops_what_it_drops_on_a_gpu(name, p, seed):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("size", [1_000, 2**16, 2**16 + 1])  # sorted by 16 bits, and by more
 @pytest.mark.parametrize("lengths", [[1] * 130, [129], [10, 3_000, 200, 500, 7], []])
 def test_a_table_sums_runs_of_any_length(lengths, size, threads):
@@ -220,13 +209,8 @@ def test_a_table_sums_runs_of_any_length(lengths, size, threads):
     indices = indices[torch.randperm(len(indices), generator=g)]
     dz = torch.randn(len(indices), 20, generator=g)
     both = torch.cat([indices, indices.flip(0)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        once = embedding_gradient(dz, indices, size, torch.float32)
-        twice = embedding_gradient(dz, both, size, torch.float32)
-    finally:
-        torch.set_num_threads(before)
+    once = embedding_gradient(dz, indices, size, torch.float32)
+    twice = embedding_gradient(dz, both, size, torch.float32)
     expected = torch.zeros(size, 20, dtype=torch.float64).index_add_(0, indices, dz.double())
     torch.testing.assert_close(once.double(), expected, rtol=1e-5, atol=1e-5)
     expected.index_add_(0, indices.flip(0), dz.double())
@@ -281,13 +265,9 @@ def test_sequences_of_attention_know_nothing_of_each_other(dtype):
     spoiled[:70] = torch.nan
     seen = []
     for qkv in (sound.requires_grad_(), spoiled.requires_grad_()):  # one after the other in a part
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with kernel_cases.in_threads(1):
             out = kernels.packed_attention(qkv, bias, boundaries, 70, 0.1, seed)
             gradient = torch.autograd.grad(out[70:].float().square().sum(), qkv)[0]
-        finally:
-            torch.set_num_threads(before)
         seen.append([out[70:], gradient[70:]])
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
 
