@@ -1,5 +1,6 @@
 """A tiny configuration, the commands that train with it as a user would, and two runs compared."""
 
+import json
 import os
 import random
 import socket
@@ -68,6 +69,13 @@ def free_port() -> str:
             probe.bind(("127.0.0.1", port))
             return str(port)
     raise OSError("no port is free")
+
+
+def records(run: Path) -> list[dict]:
+    """What the run logged, without what depends on the clock."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    timed = ("tokens_per_second", "seconds_left")
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def assert_same_checkpoint(run: Path, expected: Path, tolerance: float) -> None:

@@ -20,6 +20,7 @@ from launching import (
     assert_same_checkpoint,
     deepspeed,
     environment,
+    records,
     tiny_config,
     torchrun,
 )
@@ -34,13 +35,6 @@ def eager_config(corpus: Path, run: Path, **training) -> dict:
     """Every step is logged; a checkpoint after every third."""
     fields = {"steps": STEPS, "log_every": 1, "checkpoint_every": 3, "eval_every": STEPS}
     return tiny_config(corpus, run, **{**fields, **training})
-
-
-def records(run: Path) -> list[dict]:
-    """What the run logged, without what depends on the clock."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    timed = ("tokens_per_second", "seconds_left")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def assert_same_run(run: Path, expected: Path) -> None:

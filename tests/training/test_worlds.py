@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from launching import TRAIN, assert_same_checkpoint, environment, free_port, tiny_config
+from launching import TRAIN, assert_same_checkpoint, environment, free_port, records, tiny_config
 
 from fastelectra.training import checkpoint
 
@@ -43,10 +43,6 @@ def launch(ranks: int, configs: list[Path]) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(run: Path, expected: Path, tolerance: float) -> None:
