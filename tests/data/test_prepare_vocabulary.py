@@ -25,6 +25,9 @@ def test_a_folder_with_a_vocabulary(name, corpus, text_file, tmp_path):
     assert prepare(text_file, "--vocab", tmp_path, "--out", tmp_path / "out") == 0
     fingerprint = open_corpus(tmp_path / "out").tokenizer_fingerprint
     assert fingerprint == corpus.tokenizer_fingerprint
+    prepared = ("--vocab", tmp_path / "out", "--out", tmp_path / "again")
+    assert prepare(text_file, *prepared) == 0
+    assert open_corpus(tmp_path / "again").tokenizer_fingerprint == fingerprint
 
 
 def test_a_vocabulary_is_read_as_its_folder_says_unless_an_option_does(tmp_path, capsys):
