@@ -262,12 +262,15 @@ def reason(error: Exception) -> str:
 
 def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[dict]:
     """Ours alone at other sizes, each in a process of its own: [{by, value, tokens/s}]."""
+    import torch
+
     settings = result["settings"]
     tokens, length = settings["tokens_per_step"], settings["max_length"]
     micro = settings["micro_batch_tokens"]
     points = [("micro-batch", n, 1, n, length) for n in (micro // 4, micro // 2, micro, 2 * micro)]
     points += [("length", n, 1, tokens, n) for n in (64, 128, 256, 512)]
-    points += [("ranks", n, n, tokens // n, length) for n in (1, 2)]
+    most = torch.cuda.device_count() or 2
+    points += [("ranks", n, n, tokens // n, length) for n in (1, 2, 4, 8) if n <= most]
     measured = []
     for by, value, ranks, micro_batch, longest in points:
         step = tokens if by == "ranks" else micro_batch
