@@ -4,8 +4,8 @@ flops`.
 Two ways of counting, over the same parts:
 
 - MFU's: matrix products alone, backward = 2 × forward, embeddings looked up for nothing, the
-  vocabulary at the masked share of the positions: 70.2, 667.7 and 2169 MFLOP a token for small, base
-  and large. Figures that are 1 to 2 % higher count element-wise work too, which no matrix unit does.
+  vocabulary at the masked share of the positions: 70.2, 667.7 and 2169 MFLOP a token for small,
+  base and large. Figures that are 1 to 2 % higher count element-wise work too.
 - The paper's, as google-research/electra prints it: element-wise operations too, embeddings as
   products with one-hot vectors, backward = forward, the vocabulary at .15625 of the positions.
 """
