@@ -25,11 +25,13 @@ if not (numba.config.CPU_NAME or numba.config.CPU_FEATURES):
 
 
 def cache_folder(sources: Path, state: bytes = b"") -> str:
-    """Where what is compiled from this folder's sources is kept; empty where no folder can be made.
+    """Where what is compiled from this folder's sources is kept; empty for nowhere.
 
     One for each state of the sources: numba looks at the file of a function, not at those of the
     functions it calls. state: what else the code depends on.
     """
+    if numba.config.DISABLE_JIT:
+        return ""
     texts = [path.read_bytes() for path in sorted(sources.glob("*.py"))]
     name = hashlib.sha256(b"".join([*texts, state])).hexdigest()[:16]
     try:

@@ -5,7 +5,7 @@ import warnings
 
 warnings.filterwarnings("ignore", "overflow encountered")  # uint64 arithmetic modulo 2^64
 
-config = types.SimpleNamespace(CPU_NAME="none known", DISABLE_JIT=True)
+config = types.SimpleNamespace(CPU_NAME="none known", DISABLE_JIT=True, CACHE_DIR="")
 
 
 def njit(**_):

@@ -190,9 +190,11 @@ class TestCounters:
             == 729
         )
 
-    def test_no_place_for_a_cache_of_compiled_code(self):
+    @pytest.mark.parametrize("disabled", ["0", "1"])
+    def test_no_place_for_a_cache_and_no_compiler(self, disabled):
         program = "from fastelectra.data.counters import draw; print(draw(0, 0))"
         environment = {**os.environ, "HOME": os.devnull, "NUMBA_CACHE_DIR": ""}
+        environment["NUMBA_DISABLE_JIT"] = disabled
         command = [sys.executable, "-c", program]
         printed = subprocess.run(command, env=environment, capture_output=True, check=True).stdout
         assert int(printed) == draw(0, 0)
