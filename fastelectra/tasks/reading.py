@@ -127,7 +127,8 @@ def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
             if delimiter == "\t" and any(
                 _swallows(field, place, len(names) - 1) for place, field in enumerate(row)
             ):
-                raise csv.Error("up to here the rows are one text, between two quotation marks")
+                raise csv.Error("up to here all is one text, between two quotation marks (if that is"
+                                " meant, use .jsonl)")  # fmt: skip
             if len(row) > len(names):
                 raise csv.Error("more fields than the header has")
             records.append(dict(zip(names, row, strict=False)))
@@ -142,13 +143,14 @@ def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
 
 
 def _swallows(field: str, place: int, last: int) -> bool:
-    """Whether a field, the place-th of 0 … last, is ends of two rows and all rows between them.
+    """Whether a field, the place-th of 0 … last, is ends of two rows and whole ones between them.
 
     A quotation mark that begins a text and was not meant to makes such a field.
     """
-    first, *rows = field.split("\n")
+    first, *rows = [row for row in field.split("\n") if row.strip("\r")] or [""]
     tabs = [row.count("\t") for row in rows]
-    return first.count("\t") == last - place and tabs == [last] * (len(tabs) - 1) + [place]
+    between = [last] * max(1, len(tabs) - 1)
+    return last > 0 and first.count("\t") == last - place and tabs == [*between, place]
 
 
 def _jsonl(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:

@@ -227,8 +227,8 @@ def test_custom_tsv_is_quoted_as_csv(tmp_path):
     assert (task.labels, splits["train"].texts) == (("x", "y"), [(text,) for text in texts])
     for rows, message in (("b\tmore\ty", "more fields than the header has"),
                           ('"b" c\ty', "'\t' expected after"),
-                          ('"b, he said\ty\nb\tx\nsaid she"\ty', "up to here the rows are"),
-                          ('"b\ty\nb"\ty', "up to here the rows are")):  # fmt: skip
+                          ('"b, he said\ty\n\nb\tx\nsaid she"\ty', "up to here all is one"),
+                          ('"b\ty\nb\tx\nb\ty\nb"\ty', "up to here all is one")):  # fmt: skip
         (tmp_path / "train.tsv").write_text(f"a\tc\na\tx\n{rows}\n")
         where = rf"train\.tsv, line {3 + rows.count(chr(10))}"
         with pytest.raises(FastElectraError, match=rf"{where}: {message}.*; quote texts"):
