@@ -40,8 +40,10 @@ from fastelectra.model.hub_reader import (
     FIXED,
     SHARED,
     SIZES,
+    Networks,
     check_folder,
     hub_folders,
+    read_json,
     read_networks,
 )
 from fastelectra.training import checkpoint
@@ -215,6 +217,13 @@ def add_import_arguments(parser: ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _trained_length(networks: Networks) -> int:
+    """What an export's tokenizer is cut at; of others as many tokens as there are positions."""
+    path, positions = networks.tokenizer_dir / "tokenizer_config.json", networks.model.max_positions
+    told = read_json(path).get("model_max_length") if path.is_file() else None
+    return told if isinstance(told, int) and 5 <= told < positions else positions
+
+
 def run_import(args: Namespace) -> int:
     """Write a folder that `training.init_from` takes."""
     folders = [part for name in args.folders for part in hub_folders(Path(name)) or [Path(name)]]
@@ -225,7 +234,7 @@ def run_import(args: Namespace) -> int:
     weights = {name: weight[: shapes[name][0]] for name, weight in networks.weights.items()}
     electra = _build(networks.model, vocab_size, weights)
     config = Config(model=networks.model)
-    config.data.max_length = networks.model.max_positions  # as if trained with as many
+    config.data.max_length = min(_trained_length(networks), config.training.micro_batch_tokens)
     with tempfile.TemporaryDirectory() as tokenizer_dir:
         vocabulary.write(tokenizer, Path(tokenizer_dir))
         checkpoint.write_checkpoint(

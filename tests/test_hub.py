@@ -201,6 +201,15 @@ def test_import_and_export_give_back_the_same_bytes(tmp_path, corpus, exported):
     assert state["special_tokens"] == open_corpus(corpus).manifest.special_tokens
 
 
+def test_the_length_of_training_goes_along(tmp_path, exported):
+    shutil.copytree(exported, tmp_path / "cut")
+    change_json(tmp_path / "cut/discriminator/tokenizer_config.json", model_max_length=7)
+    assert fastelectra("import", tmp_path / "cut", "--out", tmp_path / "imported") == 0
+    assert fastelectra("export", tmp_path / "imported", tmp_path / "again") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again/discriminator")
+    assert tokenizer.model_max_length == 7
+
+
 def save_pair(folder, corpus, **options):
     """Both networks as transformers makes and saves them, each with embeddings of its own."""
     torch.manual_seed(1)
