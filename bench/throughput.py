@@ -269,7 +269,7 @@ def scaling(args: argparse.Namespace, result: dict, environment: dict) -> list[d
     micro = settings["micro_batch_tokens"]
     points = [("micro-batch", n, 1, n, length) for n in (micro // 4, micro // 2, micro, 2 * micro)]
     points += [("length", n, 1, tokens, n) for n in (64, 128, 256, 512)]
-    most = torch.cuda.device_count() or 2
+    most = torch.cuda.device_count() if launch.device().type == "cuda" else 2
     points += [("ranks", n, n, tokens // n, length) for n in (1, 2, 4, 8) if n <= most]
     measured = []
     for by, value, ranks, micro_batch, longest in points:

@@ -14,7 +14,7 @@ def run(main, argv=None) -> int:
     Returns the exit code: 0 success, 2 an error the user can mend, 130 interrupted, 141 where what
     reads the output has gone, as `head` does.
     """
-    if sys.stdout:  # may be closed
+    if hasattr(sys.stdout, "reconfigure"):  # it may be closed, or another kind of stream
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without × or ▁ ends nothing
     try:
         code = main(argv) or 0

@@ -29,7 +29,7 @@ MOST_CHARACTERS = 100  # of a word; longer ones become [UNK], as BERT's do
 _TOO_LONG = re.compile(rf"(?<![^ ])[^ ]{{{MOST_CHARACTERS + 1},}}")
 BERT_TOKENIZERS = ("ElectraTokenizer", "ElectraTokenizerFast", "BertTokenizer", "BertTokenizerFast")
 EUROPEAN = ("LATIN", "GREEK", "CYRILLIC", "COMBINING")  # characters' names begin so
-VIETNAMESE = (" HORN", " HOOK ABOVE", " DOT BELOW")  # in the names of letters, whatever else
+PARTS = (" HORN", " HOOK ABOVE", " DOT BELOW")  # in names of letters: of Vietnamese and others
 ALPHABET_LIMIT = 1000  # most frequent characters kept, as in the published BERT vocabularies
 
 
@@ -131,7 +131,8 @@ def _characters(texts: list[bytes]) -> tuple[list[str], list[str]]:
 def harmed_letters(characters: Counter[str]) -> Counter[str]:
     """Those that lose a part with their accents though it is none: vowel signs, voicing marks.
 
-    In Latin, Greek and Cyrillic script an accent is one, but not Vietnamese's horns, hooks, dots.
+    In Latin, Greek and Cyrillic script an accent is one, but not a horn, hook or dot below, as in
+    Vietnamese or Yoruba.
     """
     keep, strip = (_normalizer(False, strips).normalize_str for strips in (False, True))
     return Counter({
@@ -143,7 +144,7 @@ def harmed_letters(characters: Counter[str]) -> Counter[str]:
 
 
 def _is_harmed(name: str) -> bool:
-    return not name.startswith(EUROPEAN) or any(mark in name for mark in VIETNAMESE)
+    return not name.startswith(EUROPEAN) or any(mark in name for mark in PARTS)
 
 
 def file_of(path: Path) -> Path:
@@ -153,7 +154,7 @@ def file_of(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    path = path / "tokenizer" if (path / "manifest.json").is_file() else path
+    path = path / "tokenizer" if (path / "tokenizer").is_dir() else path
     names = [name for name in ("tokenizer.json", "vocab.txt") if (path / name).is_file()]
     if not names:
         raise FastElectraError(f"{path} has no tokenizer: expected tokenizer.json or vocab.txt")

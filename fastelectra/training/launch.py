@@ -170,6 +170,8 @@ def one_voice(process: Process) -> Iterator[None]:
         from torch.distributed import DistError
 
         if isinstance(error, OutOfMemoryError) or isinstance(error.__context__, OutOfMemoryError):
+            if not process.leads:
+                time.sleep(PATIENCE)
             raise FastElectraError(
                 "the GPU has too little memory for this: pre-training takes less with a smaller"
                 " training.micro_batch_tokens, fine-tuning with a smaller --max-length"
