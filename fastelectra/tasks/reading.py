@@ -127,8 +127,10 @@ def _csv(task: Task, path: Path) -> tuple[list[str], Iterator[Record]]:
             if delimiter == "\t" and any(
                 _swallows(field, place, len(names) - 1) for place, field in enumerate(row)
             ):
-                raise csv.Error("up to here all is one text, between two quotation marks (if that is"
-                                " meant, use .jsonl)")  # fmt: skip
+                raise csv.Error(
+                    "up to here all is one text, between two quotation marks (if that is meant, use"
+                    " .jsonl)"
+                )
             if len(row) > len(names):
                 raise csv.Error("more fields than the header has")
             records.append(dict(zip(names, row, strict=False)))
