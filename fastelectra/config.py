@@ -133,6 +133,7 @@ class TrainingConfig:
         return self.batch_tokens // self.micro_batch_tokens
 
 
+SHORTEST = 5  # tokens of an example: two segments of one, [CLS] and two [SEP]
 PATHS = (("data", "path"), ("training", "output_dir"), ("training", "init_from"))
 
 
@@ -347,8 +348,8 @@ def _check_values(config: Config, where: str) -> None:
         f" size {hidden} with {heads} heads, which do not divide it",
     )
     require(
-        5 <= data.max_length <= model.max_positions,
-        f"data.max_length = {data.max_length} must be between 5 and model.max_positions ="
+        SHORTEST <= data.max_length <= model.max_positions,
+        f"data.max_length = {data.max_length} must be between {SHORTEST} and model.max_positions ="
         f" {model.max_positions}: lower it or raise model.max_positions",
     )
     require(

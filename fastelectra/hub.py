@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from fastelectra.config import (
+    SHORTEST,
     Config,
     DataConfig,
     ModelConfig,
@@ -221,7 +222,7 @@ def _trained_length(networks: Networks) -> int:
     """What an export's tokenizer is cut at; of others as many tokens as there are positions."""
     path, positions = networks.tokenizer_dir / "tokenizer_config.json", networks.model.max_positions
     told = read_json(path).get("model_max_length") if path.is_file() else None
-    return told if isinstance(told, int) and 5 <= told < positions else positions
+    return told if isinstance(told, int) and SHORTEST <= told < positions else positions
 
 
 def run_import(args: Namespace) -> int:

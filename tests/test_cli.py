@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastelectra import __version__, errors
-from fastelectra.cli import COMMANDS
+from fastelectra.cli import COMMANDS, main
 from fastelectra.errors import FastElectraError
 
 COMMAND = str(Path(sys.executable).with_name("fastelectra"))
@@ -52,6 +52,25 @@ def test_an_error_is_one_line_whatever_a_file_has_for_names(capsys):
 
     assert errors.run(main) == 2
     assert capsys.readouterr().err == "error: of\\n\\x1b[2J\\ud800 ‘näme’\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["finetune --task rte --data=~/glue --out=~/new --model=~/none",
+     "explain text --model=~/none", "explain text --model=. --generator=~/none",
+     "train --config=~/none", "flops --config=~/none", "import . --out=~/none"],
+)  # fmt: skip
+def test_a_home_that_the_shell_leaves_alone(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    parsed = []
+    name, *arguments = command.split()
+    module, _, run, _ = COMMANDS[name]
+    monkeypatch.setattr(f"fastelectra.{module}.{run}", parsed.append)
+    main([name, *arguments])
+    values = vars(parsed[0]).values()
+    assert str(tmp_path / "none") in values
+    assert not any(str(value).startswith("~") for value in values)
 
 
 def test_a_terminal_of_few_characters_ends_nothing():

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import change_json, fastelectra, files
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
 )
 
+from fastelectra import hub
 from fastelectra.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,13 +58,21 @@ def test_export_refuses(tmp_path, corpus, exported, capsys):
     assert "state.json lacks step" in refused(capsys, "export", folder, out)
 
 
-def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("tensors", [False, True])
+def test_export_to_a_full_disk(tmp_path, exported, capsys, monkeypatch, tensors):
+    reason = os.strerror(errno.ENOSPC)
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    def fail(*_, **__):
+        if tensors:  # as safetensors tells it
+            raise SafetensorError(f"Error while serializing: I/O error: {reason} (os error 28)")
+        raise OSError(errno.ENOSPC, reason)
+
+    if tensors:
+        monkeypatch.setattr(hub, "save_file", fail)
+    else:
+        monkeypatch.setattr(Path, "write_text", fail)
     line = refused(capsys, "export", tmp_path / "checkpoint", tmp_path / "new")
-    assert line.rstrip().endswith("new: No space left on device")
+    assert f"{tmp_path / 'new'}: {reason}" in line
 
 
 def test_import_refuses_folders_that_are_no_electra(tmp_path, exported, capsys):

@@ -110,7 +110,7 @@ def _check_vocabulary(folder: Path, corpus: Corpus) -> None:
 
 
 def _tokenizer(folder: Path) -> tuple[dict[str, int], str]:
-    """Its entries, and what it makes of capitals and accents. Raises FastElectraError."""
+    """Its entries, and what it makes of capitals and accents. Raises FastElectraError, OSError."""
     tokenizer = vocabulary.load(folder)
     sample, normalizer = "An É, an e and an é", tokenizer.normalizer
     return tokenizer.get_vocab(), normalizer.normalize_str(sample) if normalizer else sample

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import scaling
 import throughput
 import torch
 from measure import Runner, part_of, quartiles
@@ -123,8 +124,8 @@ def test_scaling_measures_as_the_run_did(monkeypatch, tmp_path):
 
     monkeypatch.setattr(subprocess, "run", run)
     flags = ["--no-data", "--block", "4", "--warmup", "1", "--rounds", "3"]
-    throughput._ours_alone(throughput.parse(flags), 1, 64, 32, 16, {})
-    throughput._ours_alone(throughput.parse([]), 1, 64, 32, 16, {})
+    scaling._ours_alone(throughput.parse(flags), 1, 64, 32, 16, {})
+    scaling._ours_alone(throughput.parse([]), 1, 64, 32, 16, {})
     told = [(a.no_data, a.block, a.warmup, a.rounds, a.micro_batch, a.peers) for a in commands]
     assert told == [(True, 4, 1, 3, 32, []), (False, None, None, 10, 32, [])]
 

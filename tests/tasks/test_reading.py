@@ -235,6 +235,13 @@ def test_custom_tsv_is_quoted_as_csv(tmp_path):
             read_task(custom("a", "c"), str(tmp_path))
 
 
+def test_names_of_columns_may_have_spaces_between_them(tmp_path):
+    write_custom(tmp_path, ["x\ty\tp", "x\ty\tq"])
+    assert read_task(custom("a, b", "c"), str(tmp_path))[1]["train"].texts[0] == ("x", "y")
+    with pytest.raises(FastElectraError, match=r"train\.tsv: is a file: name its folder"):
+        read_task(custom("a, b", "c"), str(tmp_path / "train.tsv"))
+
+
 def test_nan_is_no_number_and_no_label_beside_numbers(tmp_path):
     write_custom(tmp_path, ["x\ty\t1.5", "x\ty\tNaN", "x\ty\t3", "x\ty\tnan"])
     task, splits = read_task(custom("a,b", "c"), str(tmp_path))

@@ -228,6 +228,7 @@ def test_max_hours(corpus, train, tmp_path):
     code, output = train(deepspeed(2), config, "--max-hours", "0.003")
     assert code == 0, output
     assert re.search(r"^stopped after step \d+: --max-hours 0.003 have passed", output, re.M)
+    assert ("learning curves: " in output) == (run / "curves.png").exists()
     assert checkpoint.resolve(run)
     code, output = train(PLAIN, config, "--max-hours", "-1")
     assert code == 2

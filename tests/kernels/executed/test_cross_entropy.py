@@ -1,5 +1,6 @@
 """The vocabulary head: samples, their independence of how the work is cut, and odd inputs."""
 
+import importlib
 import math
 
 import kernel_cases
@@ -51,6 +52,13 @@ def test_width_and_type_decide_the_way(width, dtype, way, monkeypatch):
         linear_cross_entropy_sample(
             *kernel_cases.placed(*tables, torch.zeros(1).int(), torch.zeros(1))
         )
+
+
+def test_older_gpus_have_no_room_for_the_tiles(monkeypatch):
+    for capability, room in (((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, of=capability: of)
+        module = importlib.import_module("fastelectra.kernels.linear_cross_entropy_sample")
+        assert module._has_room(torch.device("cuda")) == room
 
 
 @either_way
